@@ -1,0 +1,26 @@
+"""各测试共用：小网络用一个线程更快，也使结果与机器的核数无关；真实数据在仓库旁边，没有就跳过。"""
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+hypothesis.settings.register_profile("vae", deadline=None)  # 不拿快慢当对错
+hypothesis.settings.load_profile("vae")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def mnist_root() -> Path:
+    """放着真实 MNIST 的文件夹，布局同 torchvision。"""
+    root = ROOT.parent / "shared" / "data"
+    if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
+        pytest.skip(f"没有真实的 MNIST（{root}），只在有它的机器上测试")
+    return root

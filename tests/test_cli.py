@@ -1,0 +1,175 @@
+"""命令行：每个子命令在真的训练结果上都能用；坏输入得到一句中文，什么也不丢。"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from vaelab import cli
+from vaelab.train import CHECKPOINT, load_checkpoint
+
+SMALL = "--count 60 --image-size 16 --hidden-dims 4,8 --latent-dim 3 --epochs 2 --batch-size 8 --precision fp32".split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """一次真的训练，另开进程，如同读者敲下命令。"""
+    folder = tmp_path_factory.mktemp("work")
+    command = [sys.executable, ROOT / "vanilla_vae.py", *SMALL]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "faces", done.stdout
+
+
+def fails(capsys, *arguments: object) -> str:
+    """运行并期待失败：退出码 1，错误只有一句话，没有 traceback。"""
+    assert cli.main([str(argument) for argument in arguments]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("错误：") and message.endswith("。")
+    return message
+
+
+def is_picture(path) -> bool:
+    with Image.open(path) as image:
+        return len(set(image.convert("L").tobytes())) > 20
+
+
+def test_training_ends_with_pictures_and_says_where(run):
+    folder, output = run
+    for name in ("reconstructions.png", "samples.png", "kl.png", "history.png"):
+        assert is_picture(folder / name) and name in output
+    assert str(folder.resolve()) in output and "接下来可以试" in output and "ELBO" in output
+
+
+def test_the_commands_suggested_at_the_end_work(run, monkeypatch, capsys):
+    folder, output = run
+    monkeypatch.chdir(folder.parent.parent)
+    suggested = re.findall(r"python vanilla_vae\.py (.+?)(?:   .*)?$", output, re.MULTILINE)
+    assert len(suggested) == 3
+    for line in suggested:
+        assert cli.main(line.split()) == 0, capsys.readouterr().err
+    assert load_checkpoint(folder)["history"][-1]["epoch"] == 4
+    assert "注意：改了 epochs 2 → 4" in capsys.readouterr().out
+
+
+def test_every_subcommand_works_on_the_latest_run(run, tmp_path, monkeypatch, capsys):
+    folder, _ = run
+    monkeypatch.chdir(folder.parent.parent)
+    for arguments in (
+        ["sample", "--num", "5"],
+        ["reconstruct", "--num", "3"],
+        ["interpolate", "--second", "4", "--steps", "3"],
+        ["evaluate", "--importance-samples", "4"],
+    ):
+        assert cli.main(arguments) == 0, capsys.readouterr().err
+    output = capsys.readouterr().out
+    pictures = re.findall(r"图在 (.+)", output)
+    assert len(pictures) == 3 and all(is_picture(path) for path in pictures)
+    assert "重要性加权下界（K = 4）" in output
+
+
+def test_same_seed_same_samples_other_seed_other_samples(run, tmp_path):
+    folder, _ = run
+    paths = [tmp_path / f"{name}.png" for name in "abc"]
+    for path, seed in zip(paths, "112"):
+        assert cli.main(["sample", str(folder), "--seed", seed, "--out", str(path)]) == 0
+    a, b, c = (path.read_bytes() for path in paths)
+    assert a == b != c
+
+
+def test_own_pictures_train_and_reconstruct(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VAELAB_CACHE", str(tmp_path / "cache"))
+    pictures = tmp_path / "我的 图片"
+    pictures.mkdir()
+    for i in range(24):
+        Image.new("RGB", (20 + i, 30), (10 * i, 128, 255 - 10 * i)).save(pictures / f"{i}.png")
+    (pictures / "坏.jpg").write_bytes(b"\xff\xd8\xff broken")
+    assert cli.main(["--data", str(pictures), *SMALL]) == 0, capsys.readouterr().err
+    assert "坏.jpg" in capsys.readouterr().out
+    assert cli.main(["reconstruct", "runs/我的 图片", "--images", str(pictures)]) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows 上不能只向子进程发 Ctrl-C")
+def test_ctrl_c_ends_cleanly_with_pictures(tmp_path):
+    arguments = [*SMALL, "--epochs", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "vanilla_vae.py", *arguments],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+    )  # fmt: skip
+    out = tmp_path / "runs" / "faces"
+    while process.poll() is None and not ((out / CHECKPOINT).exists() and load_checkpoint(out)["step"]):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == 0 and "Traceback" not in errors, errors
+    assert "train --resume" in output and is_picture(out / "samples.png")
+
+
+@pytest.mark.parametrize("command", ["", "train", "sample", "reconstruct", "interpolate", "evaluate"])
+def test_help_is_chinese(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command.split(), "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and "用法：" in text and "选项" in text
+    for english in ("usage:", "options:", "positional arguments", "show this help"):
+        assert english not in text
+
+
+def test_bad_input_gets_one_sentence(run, tmp_path, monkeypatch, capsys):
+    folder, _ = run
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    before = (folder / CHECKPOINT).read_bytes()
+    cases = [
+        (["--data", "fases"], "faces"),
+        (["--data", tmp_path / "无此处"], "没有文件夹"),
+        (["--data", "empty"], "没有图片"),
+        (["--data", "mnist", "--root", "nowhere"], "--download"),
+        (["--data", "celeba", "--root", "nowhere"], "img_align_celeba"),
+        (["--image-size", "50", "--hidden-dims", "4,4,4,4,4", "--count", "10"], "2 的 5 次方"),
+        (["--hidden-dims", "4,x"], "逗号"),
+        (["--hidden-dims", "4,-1", "--count", "10"], "正整数"),
+        (["--kld-weight", "大"], "optimal"),
+        (["--lr", "-1"], "学习率"),
+        (["--batch-size", "1"], "batch_size"),
+        (["--batch-size", "64", "--count", "50"], "训练图数"),
+        (["--count", "1"], "count"),
+        (["--bogus"], "--help"),
+        (["dance"], "--help"),
+        (["--out", folder], "--resume"),
+        (["--resume"], "还没有训练结果"),
+        (["--resume", "--out", "empty"], "没有检查点"),
+        (["--resume", "--out", folder, "--epochs", "1"], "已走完"),
+        (["--resume", "--out", folder, "--image-size", "32"], "同样的数据"),
+        (["--resume", "--out", folder, "--latent-dim", "4", "--epochs", "99"], "同样的结构"),
+        (["sample", "nowhere"], "没有检查点"),
+        (["sample", folder, "--num", "0"], "正整数"),
+        (["reconstruct", folder, "--num", "0"], "正整数"),
+        (["reconstruct", folder, "--images", "empty"], "没有图片"),
+        (["interpolate", folder, "--first", "999"], "编号"),
+        (["interpolate", folder, "--steps", "1"], "两端"),
+        (["evaluate", folder, "--importance-samples", "-2"], "正整数"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((["--device", "cuda", "--count", "10"], "用不了设备 cuda"))
+    for arguments, expected in cases:
+        assert expected in fails(capsys, *arguments), arguments
+    assert (folder / CHECKPOINT).read_bytes() == before
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob(f"*/{CHECKPOINT}"))
+
+
+def test_mnist_trains_and_resumes(mnist_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = f"--data mnist --root {mnist_root} --image-size 32 --hidden-dims 2,2 --latent-dim 2 --batch-size 2000".split()
+    assert cli.main(["train", *arguments, "--epochs", "1"]) == 0, capsys.readouterr().err
+    assert "训练 60000 张，测试 10000 张" in capsys.readouterr().out
+    assert cli.main(["train", "--resume", "--epochs", "2"]) == 0, capsys.readouterr().err
+    assert load_checkpoint("runs/mnist")["step"] == 60

@@ -1,0 +1,290 @@
+"""训练循环：与手写的循环一致，断了能续，坏输入不丢东西。"""
+
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from vaelab import train as T
+from vaelab.data import batches, load, to_float
+from vanilla_vae import VanillaVAE
+
+CONFIG = T.TrainConfig(epochs=3, batch_size=16, lr=2e-3, kld_weight=1e-3, seed=1, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load("faces", image_size=16, count=100)
+
+
+def new_model(seed: int = 0, **kwargs) -> VanillaVAE:
+    torch.manual_seed(seed)
+    return VanillaVAE(**{"in_channels": 3, "latent_dim": 4, "hidden_dims": [8, 16], "image_size": 16, **kwargs})
+
+
+def same_weights(a: VanillaVAE, b: VanillaVAE) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values())
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+# ---------------------------------------------------------------- 循环本身
+
+
+@pytest.mark.parametrize("weight", [1e-3, "optimal"])
+def test_train_agrees_with_the_loop_written_out(data, weight):
+    """另一份实现：最朴素的循环，NCHW、普通的 Adam、偏置也训练。"""
+    config = replace(CONFIG, epochs=2, kld_weight=weight)
+    model, plain = new_model(), new_model()
+    history = T.train(model, data, config, progress=False)
+
+    optimizer, step, losses = torch.optim.Adam(plain.parameters()), 0, []
+    plain.train()
+    for epoch in range(config.epochs):
+        shuffle = torch.Generator().manual_seed(T.step_seed(config.seed, epoch))
+        for images in batches(data.train, config.batch_size, shuffle):
+            optimizer.param_groups[0]["lr"] = T.learning_rate(step, 10, config.lr)
+            torch.manual_seed(T.step_seed(config.seed, step))
+            recons, x, mu, log_var = plain(to_float(images))
+            mse = F.mse_loss(recons, x)
+            w = 2 * mse.item() / x[0].numel() if weight == "optimal" else weight
+            kld = (0.5 * (mu**2 + log_var.exp() - 1 - log_var)).sum(1).mean()
+            optimizer.zero_grad()
+            (mse + w * kld).backward()
+            optimizer.step()
+            step += 1
+            losses.append((mse + w * kld).item())
+    assert step == 10
+    means = [sum(losses[:5]) / 5, sum(losses[5:]) / 5]
+    assert [row["loss"] for row in history] == pytest.approx(means, rel=2e-3)
+
+
+def test_training_beats_the_mean_image_and_leaves_the_model_usable(data):
+    model = new_model()
+    state = torch.get_rng_state()
+    history = T.train(model, data, replace(CONFIG, epochs=60, lr=1e-2, kld_weight=1e-5), progress=False)
+    x = to_float(data.test)
+    baseline = F.mse_loss(to_float(data.train).mean(0, keepdim=True).expand_as(x), x).item()
+    assert history[-1]["test_mse"] < 0.75 * baseline
+    assert not model.training and all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)  # 不动全局的随机状态
+
+
+def test_bias_before_batch_norm_has_no_gradient():
+    """不训练这些偏置的理由：float64 下它们的梯度是舍入误差，而权重的不是。"""
+    model = new_model().double().train()
+    x = torch.rand(8, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    model.loss_function(*model(x), M_N=0.1)["loss"].backward()
+    trained = {id(p) for p in T.make_optimizer(model, 1e-3).param_groups[0]["params"]}
+    skipped = [p for p in model.parameters() if id(p) not in trained]
+    assert len(skipped) == 2 + 1 + 1
+    assert all(p.grad.abs().max() < 1e-14 for p in skipped)
+    assert min(p.grad.abs().max() for p in model.parameters() if id(p) in trained) > 1e-8
+
+
+def test_optimal_weight_is_the_gradient_of_the_sigma_vae():
+    """w = 2·MSE/D 时的梯度，等于 (2·MSE/D) 倍的 ∇[D/2·log MSE + KL]（arXiv:2006.13202）。"""
+    torch.manual_seed(0)
+    x, recons = torch.rand(4, 3, 8, 8).double(), torch.rand(4, 3, 8, 8).double().requires_grad_()
+    mu = torch.randn(4, 2).double().requires_grad_()
+    dim, kl = 192, lambda: 0.5 * (mu**2).sum(1).mean()
+    weight = T.kld_weight("optimal", recons, x)
+    ours = torch.autograd.grad(F.mse_loss(recons, x) + weight * kl(), (recons, mu))
+    bound = torch.autograd.grad(dim / 2 * F.mse_loss(recons, x).log() + kl(), (recons, mu))
+    scale = 2 * F.mse_loss(recons, x).item() / dim
+    for a, b in zip(ours, bound):
+        torch.testing.assert_close(a, scale * b, rtol=1e-6, atol=0)
+
+
+@given(total=st.integers(1, 10_000), peak=st.floats(1e-6, 1))
+def test_learning_rate_rises_to_the_peak_then_falls(total, peak):
+    rates = [T.learning_rate(step, total, peak) for step in range(total)]
+    top = rates.index(max(rates))
+    assert 0 < min(rates) and max(rates) == pytest.approx(peak)
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_bf16_follows_fp32(data):
+    runs = [T.train(new_model(), data, replace(CONFIG, precision=p), progress=False) for p in ("fp32", "bf16")]
+    losses = [[row["loss"] for row in run] for run in runs]
+    assert losses[0] != losses[1]  # 真的换了精度
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+# ---------------------------------------------------------------- 检查点、续训、被杀
+
+
+def test_resume_gives_the_numbers_of_an_unbroken_run(data, tmp_path, monkeypatch):
+    """在一轮的中途按 Ctrl-C（真的信号），续训之后权重逐位相同。"""
+    whole = new_model()
+    unbroken = T.train(whole, data, CONFIG, tmp_path / "a", progress=False)
+
+    seen = []
+    real = T.kld_weight
+    monkeypatch.setattr(T, "kld_weight", lambda *a: (seen.append(1), len(seen) == 8 and signal.raise_signal(signal.SIGINT), real(*a))[-1])
+    part = new_model()
+    rows = T.train(part, data, CONFIG, tmp_path / "b", progress=False)
+    assert len(rows) == 1 and T.load_checkpoint(tmp_path / "b")["step"] == 8  # 每轮 5 步，停在第 2 轮中间
+    assert not same_weights(whole, part)
+
+    resumed = new_model(seed=99)
+    history = T.train(resumed, data, CONFIG, tmp_path / "b", resume=True, progress=False)
+    assert same_weights(whole, resumed)
+    timeless = [[{k: v for k, v in row.items() if k not in ("images_per_s", "seconds")} for row in rows] for rows in (unbroken, history)]
+    assert timeless[0] == timeless[1]
+    assert (tmp_path / "b" / T.HISTORY).read_text(encoding="utf-8").count("\n") == 1 + CONFIG.epochs
+    assert same_weights(T.load_model(tmp_path / "b"), whole)
+
+
+RUN_FOREVER = """
+import sys, torch
+torch.set_num_threads(1)
+from vaelab import train as T
+from vaelab.data import load
+from vanilla_vae import VanillaVAE
+torch.manual_seed(0)
+model = VanillaVAE(3, 4, [8, 16], image_size=16)
+config = T.TrainConfig(epochs=int(sys.argv[2]), batch_size=16, lr=2e-3, kld_weight=1e-3, seed=1, precision="fp32")
+T.train(model, load("faces", image_size=16, count=100), config, sys.argv[1], resume=len(sys.argv) > 3, progress=False)
+"""
+
+
+def run_script(*arguments: object) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", RUN_FOREVER, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows 没有 SIGKILL")
+def test_killed_at_any_moment_leaves_a_checkpoint_that_continues_exactly(tmp_path):
+    """反复 kill -9 又续训；每次被杀后检查点都可载入，最后与一气训完的逐位相同。"""
+    epochs, out, steps = 60, tmp_path / "killed", []
+    for attempt in range(3):
+        process = run_script(out, epochs, *["resume"] * (attempt > 0))
+        before = T.load_checkpoint(out)["step"] if attempt else 0
+        while process.poll() is None and not ((out / T.CHECKPOINT).exists() and T.load_checkpoint(out)["step"] > before):
+            time.sleep(0.01)
+        time.sleep(0.02 + 0.013 * attempt)  # 落在写盘、训练、评价的不同时刻
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        steps.append(T.load_checkpoint(out)["step"])
+        process.stderr.close()
+    assert steps == sorted(steps) and steps[-1] < epochs * 5
+    final = run_script(out, epochs, "resume")
+    assert final.wait() == 0, final.stderr.read()
+    final.stderr.close()
+    assert not list(out.glob("*.tmp"))
+
+    whole = new_model()
+    T.train(whole, load("faces", image_size=16, count=100), replace(CONFIG, epochs=epochs), progress=False)
+    assert same_weights(T.load_model(out), whole)
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(data, tmp_path):
+    resource = pytest.importorskip("resource", reason="只有 POSIX 能限制文件大小")
+    T.train(new_model(), data, replace(CONFIG, epochs=1), tmp_path, progress=False)
+    good = (tmp_path / T.CHECKPOINT).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, hard))
+    try:
+        with pytest.raises(T.TrainingError, match="腾出磁盘空间.*--resume"):
+            T.train(new_model(), data, replace(CONFIG, epochs=2), tmp_path, resume=True, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / T.CHECKPOINT).read_bytes() == good
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# ---------------------------------------------------------------- 坏输入
+
+
+def test_diverging_loss_stops_with_step_cause_and_remedy(data, tmp_path):
+    with pytest.raises(T.TrainingError, match=r"第 \d+ 步.*学习率 1e\+30 太大.*--resume"):
+        T.train(new_model(), data, replace(CONFIG, lr=1e30), tmp_path, progress=False)
+    state = T.load_checkpoint(tmp_path)["model"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_checkpoints_that_cannot_be_trusted_are_refused(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    T.train(new_model(), data, replace(CONFIG, epochs=1), run, progress=False)
+    whole = (run / T.CHECKPOINT).read_bytes()
+    cases = {
+        "missing": (None, FileNotFoundError, "没有检查点"),
+        "empty": (b"", ValueError, "不完整"),
+        "truncated": (whole[: len(whole) // 2], ValueError, "不完整"),
+        "text": ("不是检查点".encode(), ValueError, "检查点"),
+        "pickle": (pickle.dumps(Payload()), ValueError, "可执行"),
+    }
+    for name, (content, kind, message) in cases.items():
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(kind, match=message):
+            T.load_checkpoint(path)
+    torch.save({"model": Payload()}, tmp_path / "zip")
+    with pytest.raises(ValueError, match="可执行"):
+        T.load_checkpoint(tmp_path / "zip")
+    torch.save(new_model().state_dict(), tmp_path / "weights")
+    with pytest.raises(ValueError, match="不是本项目写下的"):
+        T.load_checkpoint(tmp_path / "weights")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_resume_refuses_what_cannot_continue(data, tmp_path):
+    config = replace(CONFIG, epochs=2)
+    T.train(new_model(), data, config, tmp_path, progress=False)
+    before = (tmp_path / T.CHECKPOINT).read_bytes()
+    cases = [
+        (new_model(latent_dim=5), config, "同样的结构"),
+        (new_model(), replace(config, batch_size=8, epochs=9), "同样的数据与批大小"),
+        (new_model(), replace(config, epochs=1), "已走完 2 轮"),
+        (new_model(), config, "已走完 2 轮"),
+    ]
+    for model, changed, message in cases:
+        with pytest.raises(ValueError, match=message):
+            T.train(model, data, changed, tmp_path, resume=True, progress=False)
+    assert (tmp_path / T.CHECKPOINT).read_bytes() == before
+    longer = T.train(new_model(), data, replace(config, epochs=3), tmp_path, resume=True, progress=False)
+    assert [row["epoch"] for row in longer] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("epochs", 0), ("batch_size", 1), ("lr", -1.0), ("lr", math.nan), ("lr", "快"), ("kld_weight", "大"),
+        ("kld_weight", -1e-3), ("kld_weight", True), ("precision", "fp8"), ("seed", -1), ("seed", 0.5),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_named(field, value):
+    with pytest.raises((TypeError, ValueError), match=f"{field}.*收到"):
+        T.TrainConfig(**{field: value})
+
+
+def test_more_bad_input(data, tmp_path):
+    with pytest.raises(ValueError, match="batch_size.*训练图数 90"):
+        T.train(new_model(), data, replace(CONFIG, batch_size=91), progress=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="用不了设备 cuda.*cpu"):
+            T.pick_device("cuda")
+    with pytest.raises(ValueError, match="用不了设备"):
+        T.pick_device("量子")
+    blocked = tmp_path / "文件"
+    blocked.write_text("占着名字", encoding="utf-8")
+    with pytest.raises(T.TrainingError, match="写不进"):
+        T.train(new_model(), data, CONFIG, blocked, progress=False)

@@ -1,0 +1,107 @@
+"""作图：中文字体，以及每种图一个函数。只画传进来的数，不做计算。"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+# 色盲也能分辨的配色（Okabe & Ito 2008）
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
+)  # fmt: skip
+
+
+def use_chinese_font() -> None:
+    """让 matplotlib 写得出中文：Noto Sans SC（随 zhplot 安装，OFL 许可）排在字体表最前；缺字从此是错误。"""
+    import zhplot  # noqa: F401  导入时登记字体
+
+    plt.rcParams.update(
+        {
+            "font.family": ["Noto Sans SC", "DejaVu Sans"],
+            "axes.unicode_minus": True,
+            "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PURPLE, SKY, RED]),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "figure.dpi": 100,
+            "savefig.dpi": 100,
+        }
+    )
+    warnings.filterwarnings("error", message=r"Glyph .* missing from")
+
+
+def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
+    """把 uint8 或 [-1, 1] 浮点图像 ``[N, C, H, W]``（C 为 1 或 3）拼成一张 ``[H', W', 3]`` 的 uint8 图，白色间隔。"""
+    images = images.detach().cpu()
+    if images.is_floating_point():
+        images = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    count, channels, height, width = images.shape
+    if channels not in (1, 3):
+        images = images[:, :1]
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for index, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def grid(
+    images: Tensor,
+    columns: int = 8,
+    *,
+    title: str = "",
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    cell: float = 0.9,
+) -> Figure:
+    """图像网格 ``[N, C, H, W]``，按行排列；``cell`` 是每张图的边长（英寸）。"""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    margin = 0.9 if row_labels else 0.1
+    figure, axes = plt.subplots(figsize=(columns * cell + margin, rows * cell + 0.5), layout="constrained")
+    picture = tile(images, columns)
+    axes.imshow(picture, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    height, width = (picture.shape[0] + 2) / rows, (picture.shape[1] + 2) / columns
+    if row_labels:
+        axes.set_yticks([(i + 0.5) * height - 1 for i in range(rows)], row_labels)
+    if column_labels:
+        axes.set_xticks([(i + 0.5) * width - 1 for i in range(columns)], column_labels)
+    axes.tick_params(length=0)
+    if title:
+        axes.set_title(title)
+    return figure
+
+
+def history(rows: Sequence[dict], baseline_mse: float | None = None) -> Figure:
+    """训练历史（``vaelab.train.train`` 的返回值）：左边重建误差，右边 KL；``baseline_mse`` 是只猜平均图的误差。"""
+    epochs = [row["epoch"] for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for axes, key, unit in ((left, "mse", "MSE（[−1, 1] 坐标，每像素）"), (right, "kld", "KL（nat/图）")):
+        axes.plot(epochs, [row[key] for row in rows], color=BLUE, marker="o", markersize=3, label="训练")
+        axes.plot(epochs, [row[f"test_{key}"] for row in rows], color=ORANGE, marker="s", markersize=3, label="测试")
+        axes.set(xlabel="轮", ylabel=unit)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    left.set(yscale="log", title="重建误差")
+    right.set(title="KL 散度")
+    if baseline_mse is not None:
+        left.axhline(baseline_mse, color=BLACK, linestyle=":", label="只猜平均图")
+    left.legend(frameon=False)
+    right.legend(frameon=False)
+    return figure
+
+
+def kl_bars(kld_per_dim: Tensor) -> Figure:
+    """逐维 KL 的条形图，``[L]``，nat，从大到小排列：高的在用，贴地的已坍塌。"""
+    values = kld_per_dim.detach().cpu().sort(descending=True).values
+    figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
+    axes.bar(range(1, len(values) + 1), values.tolist(), color=BLUE)
+    axes.set(xlabel="隐变量的维（按 KL 从大到小）", ylabel="KL（nat）", title="每一维隐变量携带多少信息")
+    return figure
