@@ -1,0 +1,188 @@
+"""每本笔记的第一个代码单元，以及把仓库地址写进去的命令。
+
+用法：
+  python -m vaelab.stamp 地址        把仓库地址写进所有笔记与 README；地址在 GitHub 上时再加“在 Colab 打开”的徽章
+  python -m vaelab.stamp --remove    去掉地址与徽章，文件回到写入之前的样子
+  python -m vaelab.stamp --refresh   单元的模板改过之后，把新的单元写进所有笔记，地址不变
+  python -m vaelab.stamp --check     检查每本笔记的单元、地址与徽章是否一致；不一致时退出码为 1
+
+地址可以是 https://github.com/某人/某仓库，也可以是 git clone 认得的其他地址或本机的文件夹。
+README 里的地址写在 <!-- 地址：开始 --> 与 <!-- 地址：结束 --> 之间；没有这两个标记时不改 README。"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "# 准备：找到课程"  # 单元以它开头，更换时凭它找到旧的单元
+NO_ADDRESS = 'ADDRESS = ""'
+
+# 凭 vaelab/check.py 认出课程；vanilla_vae.py 这个名字在别人的仓库里也有。
+# 云端硬盘只看两层：逐个文件夹翻找一个大的硬盘要几分钟。
+CELL = '''\
+# 准备：找到课程，让下面的 import 可用。在 Colab 上还会取来课程、补装中文字体；在别处什么也不改动。
+import importlib.util, os, pathlib, subprocess, sys, zipfile
+
+ADDRESS = ""  # 课程的 git 地址
+here, on_colab = pathlib.Path.cwd(), "google.colab" in sys.modules
+
+class CourseNotFound(Exception):
+    def _render_traceback_(self):  # 只显示这一句话，不显示回溯
+        return [str(self)]
+
+def find_course():
+    places = [here, *here.parents, *here.glob("*"), *here.glob("drive/MyDrive/*"), *here.glob("drive/MyDrive/*/*")]
+    return next((str(place) for place in places if os.path.isfile(place / "vaelab/check.py")), None)
+
+if on_colab and not find_course():
+    for archive in filter(zipfile.is_zipfile, here.glob("*.zip")):
+        with zipfile.ZipFile(archive) as uploaded:
+            if any(name.endswith("vaelab/check.py") for name in uploaded.namelist()):
+                uploaded.extractall(here)
+    if ADDRESS and not find_course():
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS])
+if course := find_course():
+    sys.path.insert(0, course)
+elif importlib.util.find_spec("vaelab") is None:
+    how = f"上传课程的 zip 到 {here}（Colab 以外请解压）" + f"，或在那里运行 git clone {ADDRESS}" * bool(ADDRESS)
+    raise CourseNotFound(f"没有找到课程：请{how}，再运行这一格。")
+if on_colab and importlib.util.find_spec("zhplot") is None:  # Colab 只缺这一个包
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "zhplot"], check=True)'''
+
+COLAB = "https://colab.research.google.com"
+BADGE = re.compile(rf"\n\n\[!\[[^\]]*\]\({re.escape(COLAB)}/assets/[^)]*\)\]\([^)]*\)")
+README_BLOCK = re.compile(r"(<!-- 地址：开始 -->).*?(<!-- 地址：结束 -->)", re.DOTALL)
+
+
+class StampError(Exception):
+    """地址或笔记不合要求；信息给人看。"""
+
+
+def cell(address: str = "") -> str:
+    """准备单元的源码；``address`` 为空就是没有地址的样子。"""
+    return CELL.replace(NO_ADDRESS, f"ADDRESS = {json.dumps(address, ensure_ascii=False)}")
+
+
+def badge(address: str, notebook: str) -> str:
+    """“在 Colab 打开”的徽章（前面带一个空行）；地址不在 GitHub 上时为空。``notebook`` 是相对仓库根的路径。"""
+    if not address.startswith("https://github.com/"):
+        return ""
+    repository = address.removeprefix("https://github.com/")
+    return f"\n\n[![在 Colab 打开]({COLAB}/assets/colab-badge.svg)]({COLAB}/github/{repository}/blob/main/{notebook})"
+
+
+def clean_address(address: str) -> str:
+    """检查地址；GitHub 的地址统一成 ``https://github.com/某人/某仓库``。
+
+    Raises:
+        StampError: 地址里有空白或引号、以 ``-`` 开头，或 GitHub 的地址不是“某人/某仓库”两段。
+    """
+    if not address or address.startswith("-") or re.search(r"[\s\"'`<>()]", address):
+        raise StampError(f"地址 {address!r} 不能用：应是一个不含空白、引号与括号的 git 地址。")
+    if "github.com" in address:
+        prefix = r"(?:(?:https?://)?(?:www\.)?github\.com/|git@github\.com:)"
+        found = re.fullmatch(prefix + r"([\w.-]+)/([\w.-]+?)(?:\.git)?/?", address)
+        if not found:
+            raise StampError(f"地址 {address!r} 不能用：GitHub 的地址应写成 https://github.com/某人/某仓库，后面不带别的路径。")
+        return f"https://github.com/{found[1]}/{found[2]}"
+    if not re.match(r"\w+://|[\w.-]+@[\w.-]+:", address) and not Path(address).is_dir():
+        raise StampError(f"地址 {address!r} 不能用：它既不是网址，也不是本机的文件夹。")
+    return address
+
+
+def notebooks(root: Path = ROOT) -> list[Path]:
+    """课程的全部笔记，含解答。"""
+    return sorted((root / "notebooks").glob("*.ipynb")) + sorted((root / "notebooks/solutions").glob("*.ipynb"))
+
+
+def stamped(path: Path, address: str, root: Path = ROOT) -> str:
+    """笔记 ``path`` 换上准备单元与徽章之后的全文；其余内容（含输出）逐字不变。"""
+    text = path.read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    code = [each for each in notebook["cells"] if "".join(each["source"]).startswith(MARK)]
+    if len(code) != 1:
+        raise StampError(f"{path.name} 里以“{MARK}”开头的单元应恰有一个，找到 {len(code)} 个。")
+    code[0]["source"], code[0]["outputs"] = cell(address).splitlines(keepends=True), []
+    title = next(each for each in notebook["cells"] if each["cell_type"] == "markdown")
+    first, *rest = BADGE.sub("", "".join(title["source"])).split("\n", 1)
+    first += badge(address, path.relative_to(root).as_posix())
+    title["source"] = "\n".join([first, *rest]).splitlines(keepends=True)
+    return json.dumps(notebook, ensure_ascii=False, indent=1) + "\n" * text.endswith("\n")
+
+
+def stamped_readme(text: str, address: str) -> str:
+    """README 换上地址之后的全文。"""
+    block = f"{badge(address, 'notebooks/00_start_here.ipynb')}\n\n```bash\ngit clone {address}\n```\n\n" if address else ""
+    return README_BLOCK.sub(lambda found: found[1] + block + found[2], text)
+
+
+def install_cell(path: Path, address: str = "", root: Path = ROOT) -> None:
+    """把准备单元写进一本笔记，替换以“# 准备：找到课程”开头的那一格。"""
+    _write({path: stamped(path, address, root)})
+
+
+def current_address(root: Path = ROOT) -> str:
+    """笔记里现有的地址，没有则为空；还没有换上准备单元的笔记不算。
+
+    Raises:
+        StampError: 各笔记的地址不同。
+    """
+    found = {
+        json.loads(line.split("  #")[0].removeprefix("ADDRESS = "))
+        for path in notebooks(root)
+        for each in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if "".join(each["source"]).startswith(MARK)
+        for line in each["source"]
+        if line.startswith("ADDRESS = ")
+    }
+    if len(found) > 1:
+        raise StampError(f"各笔记里的地址不同（{'、'.join(map(repr, sorted(found)))}）；请用“python -m vaelab.stamp 地址”重写一遍。")
+    return found.pop() if found else ""
+
+
+def changes(address: str, root: Path = ROOT) -> dict[Path, str]:
+    """写上 ``address`` 之后内容会变的文件与它们的新全文；为空就是全都一致。"""
+    texts = {path: stamped(path, address, root) for path in notebooks(root)}
+    readme = root / "README.md"
+    if readme.is_file():
+        texts[readme] = stamped_readme(readme.read_text(encoding="utf-8"), address)
+    return {path: text for path, text in texts.items() if text != path.read_text(encoding="utf-8")}
+
+
+def _write(texts: dict[Path, str]) -> None:
+    for path, text in texts.items():
+        path.write_bytes(text.encode("utf-8"))
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """命令行；返回退出码。"""
+    try:
+        match list(sys.argv[1:] if arguments is None else arguments):
+            case [] | ["-h" | "--help"]:
+                print(__doc__)
+            case ["--check"]:
+                stale = changes(current_address(root), root)
+                for path in stale:
+                    print(f"✗ {path.relative_to(root)} 不一致；请运行 python -m vaelab.stamp --refresh。")
+                if stale:
+                    return 1
+                print(f"✓ {len(notebooks(root))} 本笔记一致，地址：{current_address(root) or '（没有）'}")
+            case [argument]:
+                choices = {"--remove": lambda: "", "--refresh": lambda: current_address(root)}
+                texts = changes(choices.get(argument, lambda: clean_address(argument))(), root)
+                _write(texts)
+                print(f"改动 {len(texts)} 个文件，地址：{current_address(root) or '（没有）'}")
+            case many:
+                raise StampError(f"只能有一个参数，收到 {len(many)} 个；加 --help 看用法。")
+    except StampError as error:
+        print(f"错误：{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
