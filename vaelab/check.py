@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -282,7 +283,13 @@ def _(answer: object) -> None:
         raise Wrong("你把 exp(log_var) 当成了标准差；它是方差，标准差是 exp(½·log_var)。")
     if not _close(got, each.sum(1)):
         same = _as_double(ask(answer, mu_q, lv_q, mu_q, lv_q))
-        clue = "q = p 时你的结果不是 0，先从这里查" if same.abs().max() > 1e-6 else "q = p 时是 0，查均值之差那一项的分母"
+        centred = torch.distributions.kl_divergence(torch.distributions.Normal(mu_p, q.stddev), p).sum(1)
+        if same.abs().max() > 1e-6:
+            clue = "q = p 时你的结果不是 0，先从这里查"
+        elif not _close(ask(answer, mu_p, lv_q, mu_p, lv_p), centred):
+            clue = "均值相等时也不一致，查对数项的正负号与方差之比谁除以谁"
+        else:
+            clue = "均值相等时是对的，查均值之差那一项：要平方，再除以 p 的方差"
         raise Wrong(f"数值与 torch.distributions 不一致；{clue}。")
 
 
@@ -309,7 +316,8 @@ def _(answer: object) -> None:
     gaussian = torch.distributions.MultivariateNormal
     torch.distributions.kl_divergence(gaussian(zero, torch.diag(v)), gaussian(zero, cov)).backward()
     if float((v.grad * v.detach()).abs().max()) > 1e-5:
-        signs = "、".join("偏大" if slope > 0 else "偏小" for slope in v.grad.tolist())
+        slopes = (v.grad * v.detach()).tolist()
+        signs = "、".join("正好" if abs(slope) < 1e-5 else "偏大" if slope > 0 else "偏小" for slope in slopes)
         raise Wrong(f"在你给的 v 处，KL(q‖p) 还能下降：三维依次{signs}。")
 
 
@@ -335,6 +343,11 @@ def _(answer: object) -> None:
         raise Wrong("少了 log 2：log p(x) = −log 2 − |x|，拉普拉斯密度前有一个 ½。")
     if _close(got, truth + 0.5):
         raise Wrong("多了 ½：E_q[log q] = −½log 2π − log σ − ½，最后的 ½ 漏掉了。")
+    if _close(got, truth - log_var / 2):
+        raise Wrong("log σ = ½·log_var：对数项少了 ½。")
+    variance_as_std = torch.distributions.Normal(mu, log_var.exp())
+    if _close(got, torch.distributions.kl_divergence(variance_as_std, torch.distributions.Laplace(0 * mu, 0 * mu + 1))):
+        raise Wrong("你把 exp(log_var) 当成了标准差；它是方差，标准差是 exp(½·log_var)。")
     if _close(got, truth - mean_abs + mu.abs()):
         raise Wrong("你用了 |μ| 当 E|x|；|x| 的期望比 |E x| 大，请用题中的公式。")
     if _close(got, truth - 2 * mean_abs) or bool((_as_double(got) < -1e-6).any()):
@@ -399,7 +412,7 @@ def _(answer: object) -> None:
 @checks("3.3")
 def _(answer: object) -> None:
     try:
-        k = torch.as_tensor(answer, dtype=torch.float64)
+        k = torch.as_tensor(answer, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise Wrong(f"这里应交一个 4×4 的张量，收到 {type(answer).__name__}。") from error
     if k.shape != (4, 4):
@@ -464,7 +477,9 @@ def _(answer: object) -> None:
 
 @checks("2.1")
 def _(answer: object) -> None:
-    if not isinstance(answer, (list, tuple)) or not all(isinstance(size, int) for size in answer):
+    if isinstance(answer, Tensor):
+        answer = answer.tolist()
+    if not isinstance(answer, (list, tuple)) or not all(isinstance(size, Integral) for size in answer):
         raise Wrong(f"应交一个整数列表，如 [64, 32, …]，收到 {answer!r}。")
     halve = torch.nn.Conv2d(1, 1, 3, stride=2, padding=1)
     image, truth = torch.zeros(1, 1, 100, 100), []
@@ -486,9 +501,13 @@ def _(answer: object) -> None:
 @checks("2.2")
 def _(answer: object) -> None:
     for k, d in [(3, 1), (1, 1), (5, 1), (3, 2), (5, 3), (7, 2)]:
-        padding = ask(answer, k, d)
-        if not isinstance(padding, (int, float)) or padding != int(padding) or padding < 0:
-            raise Wrong(f"k={k}、d={d} 时填充应为不小于 0 的整数，收到 {padding!r}。")
+        reply = ask(answer, k, d)
+        try:
+            padding = float(reply)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise Wrong(f"k={k}、d={d} 时填充应为不小于 0 的整数，收到 {reply!r}。") from error
+        if not padding.is_integer() or padding < 0:
+            raise Wrong(f"k={k}、d={d} 时填充应为不小于 0 的整数，收到 {reply!r}。")
         size = torch.nn.functional.conv2d(
             torch.zeros(1, 1, 25, 25), torch.zeros(1, 1, k, k), padding=int(padding), dilation=d
         ).shape[-1]
@@ -498,7 +517,7 @@ def _(answer: object) -> None:
             raise Wrong(f"k={k}、d={d} 时 25 变成了 {size}：你忘了膨胀，窗口盖住的不是 k 格，而是 d(k−1)+1 格。")
         if size > 25 and padding == d * (k - 1):
             raise Wrong(f"k={k}、d={d} 时 25 变成了 {size}：填充是左右各一份，总量要平分到两边。")
-        raise Wrong(f"k={k}、d={d} 时你填充 {padding}，真的卷积把 25 变成了 {size}，应仍是 25。")
+        raise Wrong(f"k={k}、d={d} 时你填充 {padding:g}，真的卷积把 25 变成了 {size}，应仍是 25。")
 
 
 @checks("2.3")
@@ -528,7 +547,7 @@ def _(answer: object) -> None:
             raise Wrong(f"{where}结果像是把各级倒着走了：应从最后一级往图像的方向，一级一级推回去。")
         if last - first != truth[1] - truth[0]:
             raise Wrong(f"{where}视野长 {last - first + 1}，应为 {truth[1] - truth[0] + 1}；窗口的最后一格是 s·i − p + d·(k−1)。")
-        raise Wrong(f"{where}长度对，起点 {first} 不对；检查步幅与填充。")
+        raise Wrong(f"{where}长度对，起点 {first} 不对；检查步长与填充。")
 
 
 @checks("2.4")
@@ -966,7 +985,7 @@ def _(answer: object) -> None:
             raise Wrong(f"应返回一个数，收到 {reply!r}。") from error
 
         def off_by(factor: float) -> bool:
-            return abs(got - truth * factor) < 1e-9 * abs(truth * factor)
+            return abs(got - truth * factor) < 1e-6 * abs(truth * factor)
 
         if off_by(1):
             continue
@@ -985,7 +1004,7 @@ def _(answer: object) -> None:
 
 @checks("1.4")
 def _(answer: object) -> None:
-    nn = torch.nn
+    nn, seen = torch.nn, []  # seen 在模型之外：作答若先复制模型，也看得见
 
     class Toy(nn.Module):
         latent_dim = 3
@@ -994,10 +1013,10 @@ def _(answer: object) -> None:
             super().__init__()
             self.layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.BatchNorm1d(2))
             self.layers[3].eval()  # 单独冻结的一层
-            self.fails, self.seen = False, []
+            self.fails = False
 
         def decode(self, z: Tensor) -> Tensor:
-            self.seen.append((z.detach().clone(), self.layers[1].training))
+            seen.append((z.detach().clone(), self.layers[1].training))
             if self.fails:
                 raise RuntimeError("解码中途出错")
             return self.layers(z)
@@ -1015,7 +1034,9 @@ def _(answer: object) -> None:
         raise Wrong("样本还带着计算图：用 torch.no_grad()。")
     if any(not torch.equal(a, b) for a, b in zip(values, values_after)):
         raise Wrong("批归一化的运行统计量被改动了：解码时要处于 eval。")
-    if model.seen[-1][1]:
+    if not seen:
+        raise Wrong("没有调用 decode：样本应由 model.decode 解码得到。")
+    if seen[-1][1]:
         raise Wrong("解码时批归一化还在训练状态：样本会取决于同批的其他样本。")
     if modes != modes_after:
         reason = "停在了 eval" if not any(modes_after) else "单独冻结的层也被打开了，要逐个子模块恢复"
@@ -1024,7 +1045,7 @@ def _(answer: object) -> None:
     if not torch.equal(samples, again):
         raise Wrong("同一颗种子，两次样本不同：随机数没有全部来自 generator。")
     ask(answer, model, 2000, torch.Generator().manual_seed(15))
-    z = model.seen[-1][0]
+    z = seen[-1][0]
     if abs(float(z.mean())) > 0.1 or abs(float(z.std()) - 1) > 0.1:
         raise Wrong("z 应来自先验，即标准正态 N(0, I)：用 randn。")
     model.fails = True
