@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         matplotlib.use("Agg")  # 只写文件，没有屏幕也行
         return COMMANDS[options.command](options)
     except torch.OutOfMemoryError:
-        print("错误：设备的内存不够这一批用；请减小 --batch-size，或减小 --image-size 与 --hidden-dims。", file=sys.stderr)
+        print("错误：设备的内存不够用；请关掉别的程序，或加 --device cpu。", file=sys.stderr)
         return 1
     except (OSError, TypeError, ValueError, TrainingError) as error:
         print(f"错误：{error}", file=sys.stderr)

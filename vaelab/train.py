@@ -28,6 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -143,6 +144,9 @@ def train(
         print(plan.why(), flush=True)
 
     optimizer = prepare(model, config, plan.device)
+    memory, share = available_memory(plan.device), config.batch_size // world.size
+    if plan.device.type == "cpu" and (refusal := _too_large(model, share, plan.precision, memory)):
+        raise ValueError(refusal)  # 真的用尽时，系统会不声不响地结束进程，所以先算
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.precision == "fp16")
     run = _Run(model, optimizer, scaler, config, None if out is None or world.rank else Path(out), steps_per_epoch, extra or {})
     if resume:
@@ -155,7 +159,7 @@ def train(
 
     images_total, images_done = (n * config.batch_size for n in (total_steps, run.step))
     bar = tqdm(total=images_total, initial=images_done, unit="图", unit_scale=True, smoothing=0.1, disable=not show)
-    with bar, _stop_on_signal() as stop_asked, _clear_errors(run, model, config, plan, world):
+    with bar, _stop_on_signal() as stop_asked, _clear_errors(run, world, lambda: _too_large(model, share, plan.precision, memory)):
         stop = False
         while run.step < total_steps and not stop:
             epoch, done_in_epoch = divmod(run.step, steps_per_epoch)
@@ -170,9 +174,9 @@ def train(
                 lr = learning_rate(run.step, total_steps, config.lr)
                 record = train_step(objective, optimizer, scaler, images, eps.chunk(world.size)[world.rank], lr)
                 run.step += 1
-                # 看的是上一步：等它的结果时，这一步已经在设备上排着，设备不会闲下来。
+                # 看的是上一步：等它的几个数时，这一步已经在设备上排着，设备不会闲下来。
                 stop = _read(pending, run, config) or (world.size == 1 and stop_asked())
-                pending = (run.step, world.mean(record, stop_asked()))
+                pending = (run.step, _fetch_later(world.mean(record, stop_asked())))
                 bar.update(config.batch_size)
                 if stop:
                     break
@@ -302,15 +306,28 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(trained, lr, fused=trained[0].device.type in ("cpu", "cuda"))
 
 
-def _read(pending: tuple[int, Tensor] | None, run: _Run, config: TrainConfig) -> bool:
+def _fetch_later(record: Tensor) -> Callable[[], list[float]]:
+    """开始把设备上的几个数取回来；返回的函数等它们到齐，而不等排在后面的计算。
+
+    CUDA 上直接 ``.item()`` 要等当前队列里的一切，包括刚排上的下一步；记一个事件，就只等到事件为止。
+    """
+    if record.device.type != "cuda":
+        return record.tolist
+    numbers = torch.empty(record.shape, dtype=record.dtype, pin_memory=True).copy_(record, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return lambda: arrived.synchronize() or numbers.tolist()
+
+
+def _read(pending: tuple[int, Callable[[], list[float]]] | None, run: _Run, config: TrainConfig) -> bool:
     """取回一步的结果：不是有限的数就报错，否则累计；返回是否有进程要求停下。"""
     if pending is None:
         return False
-    step, record = pending
-    values = run.last = record.tolist()[: len(LOSSES)]
+    step, fetched = pending[0], pending[1]()
+    values = run.last = fetched[: len(LOSSES)]
     if math.isfinite(values[0]):
         run.add(values)
-        return any(record.tolist()[len(LOSSES) :])
+        return any(fetched[len(LOSSES) :])
     saved = "" if run.path is None else "上一轮的检查点完好，减小 --lr 后可加 --resume 接着训练；"
     raise TrainingError(
         f"第 {step} 步的损失不再是有限的数（MSE {values[1]:.3g}，KL {values[2]:.3g}）：多半是学习率 "
@@ -340,19 +357,20 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _clear_errors(run: _Run, model: VanillaVAE, config: TrainConfig, plan: Plan, world: World) -> Iterator[None]:
+def _clear_errors(run: _Run, world: World, too_large: Callable[[], str | None]) -> Iterator[None]:
     """把内存不够、进程失联这两种来自深处的错误，换成说得清的一句话。"""
     try:
         yield
     except RuntimeError as error:
-        saved = "" if run.path is None else f"检查点停在第 {run.saved_step} 步，加 --resume 可接着训练；"
+        saved = "" if run.path is None else f"检查点停在第 {run.saved_step} 步，加 --resume 可接着训练。"
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise TrainingError(_too_large(model, config.batch_size // world.size, plan) + saved) from error
+            what = too_large() or "内存装不下这一批；请减小 --batch-size。"
+            raise TrainingError(what + saved) from error
         if world.size > 1 and not isinstance(error, TrainingError):
             reason = re.sub(r"^\[\S*\] *", "", str(error).splitlines()[0])[:120]  # 去掉 gloo 的源码位置
             raise TrainingError(
-                f"第 {run.step + 1} 步时与别的进程失去了联系（{reason}）：多半有一个进程已经退出，"
-                f"请看它的错误；{saved}进程数可以与这次不同。"
+                f"第 {run.step + 1} 步时与别的进程失去了联系（{reason}）：多半有一个进程已经退出，请看它的错误，"
+                f"再重新启动，进程数可以不同。{saved}"
             ) from error
         raise
 
@@ -544,6 +562,7 @@ class Plan:
         return "为什么这样跑：" + "；".join(self.reasons)
 
 
+OVERHEAD = 250_000_000  # 卷积库的代码与工作区，字节；CPU 上量得约 180 MB
 COMPILE_STEPS = 1000  # CUDA 上少于这么多步，编译的一两分钟抵不回来
 
 
@@ -682,14 +701,14 @@ def _choose_place(data_on: str, data: ImageSet, device: torch.device) -> tuple[b
     return data_on == "device", f"数据 {size} {'整个放在设备上' if data_on == 'device' else at_rest + '，逐批搬运'}"
 
 
-def step_memory(model: VanillaVAE) -> tuple[int, int]:
+def step_memory(model: VanillaVAE, precision: str = "fp32") -> tuple[int, int]:
     """训练所需的内存，字节：``(固定的, 每张图的)``。
 
     固定的是参数、梯度与 Adam 的两份统计；每张图的由两次小的前向量出：自动求导存下的张量随批大小增加多少，
-    再加反向时同时活着的、与最大的激活同大的几份。
+    再加反向时同时活着的、与最大的激活同大的五份（在 CPU 上对两种宽度、两种批大小量得）。
     """
     parameters = {p.data_ptr() for p in model.parameters()}
-    objective, stored = Objective(model, 0.0), []
+    objective, stored = Objective(model, 0.0, precision), []
     for batch in (2, 4):
         saved: dict[int, int] = {}
 
@@ -704,35 +723,33 @@ def step_memory(model: VanillaVAE) -> tuple[int, int]:
             loss = objective(images, torch.zeros(batch, model.latent_dim, device=device))["loss"]
         stored.append(sum(saved.values()))
         del loss
-    largest = model.hidden_dims[0] * model.image_size**2 * 4  # 最后一级的激活，float32
+    largest = model.hidden_dims[0] * model.image_size**2 * (4 if precision == "fp32" else 2)  # 最后一级的激活
     fixed = 4 * 4 * sum(p.numel() for p in model.parameters())
-    return fixed, (stored[1] - stored[0]) // 2 + 3 * largest
+    return fixed, (stored[1] - stored[0]) // 2 + 5 * largest
 
 
-def _too_large(model: VanillaVAE, batch: int, plan: Plan) -> str:
-    """一批装不下时的话，含装得下的最大的批。"""
-    fixed, each = step_memory(model)
-    total = torch.cuda.mem_get_info(plan.device)[1] if plan.device.type == "cuda" else _memory_limit()
-    fits = max(0, int((0.9 * total - fixed) / each)) if total else 0
-    advice = f"按每张约 {each / 2**20:.1f} MiB 估计，至多 {fits} 张；请减小 --batch-size" if 2 <= fits < batch else "请减小 --batch-size、--image-size 或 --hidden-dims"
-    return f"内存装不下一批 {batch} 张图的训练；{advice}。"
-
-
-def _memory_limit() -> int | None:
-    """这个进程能用的内存，字节；问不出来时是 None。"""
-    limits = []
+def available_memory(device: torch.device) -> int:
+    """还能用的内存，字节：GPU 上是整块显存，CPU 上是此刻空着的，并且不超过给这个进程的限额。"""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    free = psutil.virtual_memory().available
     try:
         import resource
+    except ImportError:  # Windows 没有这种限额
+        return free
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return free if soft == resource.RLIM_INFINITY else min(free, soft - psutil.Process().memory_info().vms)
 
-        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-        limits += [soft] if soft != resource.RLIM_INFINITY else []
-    except ImportError:  # Windows 没有
-        pass
-    try:
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        pass
-    return min(limits) if limits else None
+
+def _too_large(model: VanillaVAE, batch: int, precision: str, memory: int) -> str | None:
+    """``memory`` 字节里装不下 ``batch`` 张图的一步时的话，含装得下的最大的批；装得下则是 None。"""
+    fixed, each = step_memory(model, precision)
+    need = fixed + OVERHEAD + batch * each
+    if need <= memory:
+        return None
+    fits = (memory - fixed - OVERHEAD) // each
+    remedy = f"请把 --batch-size 减到 {fits}" if fits >= 2 else "请减小 --image-size 或 --hidden-dims"
+    return f"batch_size 应使一步装得进内存，收到每个进程 {batch} 张，约需 {need / 1e6:.0f} MB，能用的有 {memory / 1e6:.0f} MB；{remedy}。"
 
 
 def keep_freed_memory() -> bool:
