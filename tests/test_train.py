@@ -98,7 +98,7 @@ def test_optimal_weight_is_the_gradient_of_the_sigma_vae():
     x, recons = torch.rand(4, 3, 8, 8).double(), torch.rand(4, 3, 8, 8).double().requires_grad_()
     mu = torch.randn(4, 2).double().requires_grad_()
     dim, kl = 192, lambda: 0.5 * (mu**2).sum(1).mean()
-    weight = T.kld_weight("optimal", recons, x)
+    weight = T.Objective(new_model(), "optimal").optimal_weight(recons.detach(), x)
     ours = torch.autograd.grad(F.mse_loss(recons, x) + weight * kl(), (recons, mu))
     bound = torch.autograd.grad(dim / 2 * F.mse_loss(recons, x).log() + kl(), (recons, mu))
     scale = 2 * F.mse_loss(recons, x).item() / dim
@@ -114,8 +114,11 @@ def test_learning_rate_rises_to_the_peak_then_falls(total, peak):
     assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
 
 
-def test_bf16_follows_fp32(data):
-    runs = [T.train(new_model(), data, replace(CONFIG, precision=p), progress=False) for p in ("fp32", "bf16")]
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_fp32(data, precision):
+    if precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        pytest.skip("这个 CPU 没有 fp16 指令")
+    runs = [T.train(new_model(), data, replace(CONFIG, precision=p), progress=False) for p in ("fp32", precision)]
     losses = [[row["loss"] for row in run] for run in runs]
     assert losses[0] != losses[1]  # 真的换了精度
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
@@ -124,14 +127,15 @@ def test_bf16_follows_fp32(data):
 # ---------------------------------------------------------------- 检查点、续训、被杀
 
 
-def test_resume_gives_the_numbers_of_an_unbroken_run(data, tmp_path, monkeypatch):
-    """在一轮的中途按 Ctrl-C（真的信号），续训之后权重逐位相同。"""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_resume_gives_the_numbers_of_an_unbroken_run(data, tmp_path, monkeypatch, number):
+    """在一轮的中途按 Ctrl-C 或收到 SIGTERM（真的信号），续训之后权重逐位相同。"""
     whole = new_model()
     unbroken = T.train(whole, data, CONFIG, tmp_path / "a", progress=False)
 
     seen = []
-    real = T.kld_weight
-    monkeypatch.setattr(T, "kld_weight", lambda *a: (seen.append(1), len(seen) == 8 and signal.raise_signal(signal.SIGINT), real(*a))[-1])
+    real = T.train_step
+    monkeypatch.setattr(T, "train_step", lambda *a: (seen.append(1), len(seen) == 8 and signal.raise_signal(number), real(*a))[-1])
     part = new_model()
     rows = T.train(part, data, CONFIG, tmp_path / "b", progress=False)
     assert len(rows) == 1 and T.load_checkpoint(tmp_path / "b")["step"] == 8  # 每轮 5 步，停在第 2 轮中间

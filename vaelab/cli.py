@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +17,15 @@ from vaelab.data import NAMES, ImageSet, load, to_float
 from vaelab.evaluate import evaluate, log_likelihood_bound
 from vaelab.train import (
     CHECKPOINT,
+    PLACES,
     PRECISIONS,
+    SWITCHES,
     TrainConfig,
     TrainingError,
+    World,
+    join,
     load_checkpoint,
     load_model,
-    pick_device,
-    pick_precision,
     train,
     write_atomically,
 )
@@ -40,6 +43,7 @@ EXAMPLES = """例子：
   python vanilla_vae.py sample runs/faces --num 100
   python vanilla_vae.py interpolate runs/faces --first 3 --second 8
   python vanilla_vae.py evaluate runs/faces --importance-samples 64
+  torchrun --nproc_per_node 4 vanilla_vae.py train --batch-size 256    四个进程一起训练，批大小是四份之和
 每个子命令都有自己的 --help。"""
 
 
@@ -99,7 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
     kld_text = f"KL 的权重 2σ²/D：一个数，或 optimal，即 σ² = MSE（默认 {config['kld_weight']}）"
     option("--kld-weight", kld_text, type=_kld_weight, metavar="X|optimal")
     option("--seed", "初始权重、次序与噪声的种子（默认 0）", type=int, metavar="N")
-    option("--precision", "计算精度（默认 auto：设备原生支持 bf16 才用）", choices=PRECISIONS)
+    option("--precision", "计算精度（默认 auto：这台设备上真的更快才用半精度）", choices=PRECISIONS)
+    option("--compile", "用 torch.compile 编译（默认 auto：CUDA 上步数够多才编译）", choices=SWITCHES)
+    option("--cuda-graphs", "把一步录成 CUDA 图（默认 auto：CUDA 上编译时就录）", choices=SWITCHES)
+    option("--data-on", "训练集放在设备上还是逐批搬运（默认 auto：显存放得下就放）", choices=PLACES)
+    option("--local-batch-norm", "多进程时批归一化各算各的（默认合起来统计，数与单进程相同）", action="store_true")
+    option("--join-timeout", "多进程时等其余进程到齐的秒数（默认 300）", type=float, metavar="秒")
     option("--out", "结果文件夹（默认 runs/<数据名>，已有就另起一个）", metavar="路径")
     option("--resume", "从 --out（默认最近一次训练）的检查点接着训练", action="store_true")
 
@@ -143,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         matplotlib.use("Agg")  # 只写文件，没有屏幕也行
         return COMMANDS[options.command](options)
     except torch.OutOfMemoryError:
-        print("错误：设备的内存不够这一批用；请减小 --batch-size，或减小 --image-size 与 --hidden-dims。", file=sys.stderr)
+        print("错误：设备的内存不够用；请关掉别的程序，或加 --device cpu。", file=sys.stderr)
         return 1
     except (OSError, TypeError, ValueError, TrainingError) as error:
         print(f"错误：{error}", file=sys.stderr)
@@ -157,19 +166,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    with join(options.device, getattr(options, "join_timeout", 300.0)) as world:
+        return _train_together(options, world)
+
+
+def _train_together(options: argparse.Namespace, world: World) -> int:
+    """训练；几个进程时都走这里，由第 0 个说话、写文件、画图。"""
     given = vars(options)
-    out, saved = _choose_out(given)
+    say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
+    out, saved = world.from_first(lambda: _choose_out(given))
     extra = {**DATA_DEFAULTS, **(saved["extra"] if saved else {})}
     extra.update({name: given[name] for name in extra if name in given})
     if saved and extra != saved["extra"]:
         changed = "、".join(f"{k} {saved['extra'][k]!r} → {extra[k]!r}" for k in extra if extra[k] != saved["extra"][k] and k != "root")
         if changed:
             raise ValueError(f"续训须用同样的数据，这次改了 {changed}；请去掉这些参数，或不加 --resume 另起一次训练。")
-    config = _merged_config(given, saved)
-    device = pick_device(options.device)
+    config = _merged_config(given, saved, say)
 
-    print(f"数据：{extra['data']}", flush=True)
-    data = _load_data(extra, download=given.get("download", False))
+    say(f"数据：{extra['data']}")
+    with world.first_goes_first():  # 下载与解码只由一个进程做，其余用它的结果
+        data = _load_data(extra, given.get("download", False), say)
     model_args = saved["model_args"] if saved else {
         "in_channels": data.train.shape[1],
         "image_size": data.train.shape[2],
@@ -180,13 +196,16 @@ def _train(options: argparse.Namespace) -> int:
     torch.manual_seed(config.seed)
     model = VanillaVAE(**model_args)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(
+    say(
         f"训练 {len(data.train)} 张，测试 {len(data.test)} 张，{list(data.train.shape[1:])}\n"
         f"模型：{count:,} 个参数，隐变量 {model.latent_dim} 维，各级通道 {list(model.hidden_dims)}\n"
-        f"设备 {device}，精度 {pick_precision(config.precision, device)}，KL 权重 {config.kld_weight}，结果在 {out}{os.sep}",
-        flush=True,
+        f"批大小 {config.batch_size}{f'（{world.size} 个进程均分）' * (world.size > 1)}，KL 权重 {config.kld_weight}，结果在 {out}{os.sep}"
     )
-    history = train(model, data, config, out, device=device, resume=saved is not None, extra=extra)
+    how = {name: given[name] for name in ("compile", "cuda_graphs", "data_on") if name in given}
+    how["sync_batch_norm"] = not given.get("local_batch_norm", False)
+    history = train(model, data, config, out, device=options.device, resume=saved is not None, extra=extra, **how)
+    if world.rank:
+        return 0
     finished = bool(history) and history[-1]["epoch"] == config.epochs
     if not finished:
         print(f"已停下，进度存好了；接着训练：python vanilla_vae.py train --resume --out {out}")
@@ -225,18 +244,18 @@ def _choose_out(given: dict) -> tuple[Path, dict | None]:
     return out, None
 
 
-def _merged_config(given: dict, saved: dict | None) -> TrainConfig:
+def _merged_config(given: dict, saved: dict | None, say: Callable[[str], None]) -> TrainConfig:
     chosen = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
     if not saved:
         return TrainConfig(**chosen)
     changed = {name: value for name, value in chosen.items() if value != saved["config"][name]}
     if changed:
         listed = "、".join(f"{name} {saved['config'][name]} → {value}" for name, value in changed.items())
-        print(f"注意：改了 {listed}，此后的数与不间断的训练不同（学习率按新的总轮数重新展开）。")
+        say(f"注意：改了 {listed}，此后的数与不间断的训练不同（学习率按新的总轮数重新展开）。")
     return TrainConfig(**{**saved["config"], **chosen})
 
 
-def _load_data(extra: dict, download: bool = False) -> ImageSet:
+def _load_data(extra: dict, download: bool = False, say: Callable[[str], None] = print) -> ImageSet:
     data = load(
         extra["data"],
         root=extra["root"],
@@ -247,7 +266,7 @@ def _load_data(extra: dict, download: bool = False) -> ImageSet:
         download=download,
     )
     for note in data.notes:
-        print(f"注意：{note}", flush=True)
+        say(f"注意：{note}")
     return data
 
 

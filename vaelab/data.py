@@ -60,6 +60,7 @@ class ImageSet:
         train_labels, test_labels: int64 ``[N]``，类别编号；``label_names`` 是各类的名字。
         train_factors, test_factors: float32 ``[N, F]``，生成每张图所用的连续因子；``factor_names`` 是各列的名字。
         notes: 该让使用者知道的话，例如跳过了哪些文件。
+        mapped: 图像若内存映射自文件，那个文件与它应有的字节数；在内存里则为 None。
 
     Raises:
         ValueError: 形状、类型或张数对不上。
@@ -75,6 +76,7 @@ class ImageSet:
     test_factors: Tensor | None = None
     factor_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    mapped: tuple[Path, int] | None = None
 
     def __post_init__(self) -> None:
         for side, images in (("train", self.train), ("test", self.test)):
@@ -92,6 +94,15 @@ class ImageSet:
             shapes = f"{list(self.train.shape)} 与 {list(self.test.shape)}"
             raise ValueError(f"train 与 test 的图像应同样大小，收到 {shapes}；请先缩放到一致。")
 
+    def require_whole(self) -> None:
+        """内存映射的文件若变短了就报 OSError；不先查，读到没有的那一段，系统会直接结束进程（SIGBUS）。"""
+        if self.mapped is None:
+            return
+        path, size = self.mapped
+        with suppress(FileNotFoundError):  # 删掉了不要紧：映射着的内容还在
+            if (now := path.stat().st_size) < size:
+                raise OSError(f"解码缓存 {path} 应有 {size} 字节，现在只有 {now}：它在使用中被改短了；请重新运行，会重新解码。")
+
     def __repr__(self) -> str:
         return f"ImageSet({self.name!r}, train={list(self.train.shape)}, test={list(self.test.shape)})"
 
@@ -101,11 +112,16 @@ def _describe(value: object) -> str:
 
 
 def batches(
-    images: Tensor, batch_size: int, generator: Generator | None = None, drop_last: bool = True
+    images: Tensor,
+    batch_size: int,
+    generator: Generator | None = None,
+    drop_last: bool = True,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Tensor]:
     """走一遍 ``images``，逐批给出 uint8 ``[B, C, H, W]``。
 
     给了 ``generator`` 就打乱，否则按原来的顺序。``drop_last`` 丢掉末尾不满的一批，使每一步的批一样大。
+    ``shard = (k, n)`` 只给出每一批均分成 n 份之后的第 k 份（从 0 数），供 n 个进程各取一份。
     """
     total = len(images)
     if drop_last and total < positive_int("batch_size", batch_size):
@@ -116,8 +132,9 @@ def batches(
         order = torch.randperm(total, generator=generator, device=generator.device)
     order = order.to(images.device)
     stop = total - total % batch_size if drop_last else total
+    index, parts = shard
     for start in range(0, stop, batch_size):
-        yield images[order[start : start + batch_size]]
+        yield images[order[start : start + batch_size].tensor_split(parts)[index]]
 
 
 # ---------------------------------------------------------------- 数据源
@@ -607,7 +624,11 @@ def _decoded_set(
     pixels, record = found
     images = torch.from_numpy(pixels)
     test = record["test"]
-    return ImageSet(name, images[test:], images[:test], notes=(*notes, *record["notes"]))
+    mapped = None
+    if isinstance(pixels, np.memmap):
+        path = Path(pixels.filename)
+        mapped = (path, path.stat().st_size)
+    return ImageSet(name, images[test:], images[:test], notes=(*notes, *record["notes"]), mapped=mapped)
 
 
 def _open_cache(cache: Path, key: str, manifest: str) -> tuple[np.ndarray, dict] | None:

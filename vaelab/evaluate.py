@@ -46,7 +46,7 @@ def elbo_from_mse(mse: float, kld: float, dim: int) -> float:
     return (gaussian_log_likelihood(mse, mse, dim) if mse else math.inf) - kld
 
 
-def optimal_kld_weight(mse: float, dim: int) -> float:
+def optimal_kld_weight(mse: float | Tensor, dim: int) -> float | Tensor:
     """σ² = MSE 对应的 KL 权重 w = 2σ²/D，可直接作为 ``loss_function`` 的 ``M_N``。"""
     return 2 * mse / dim
 

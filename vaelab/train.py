@@ -1,7 +1,7 @@
-"""训练：一个读者能看懂的循环，以及让它快、让它断了能续的几样东西。
+"""训练：一个读者能看懂的循环，以及让它快、让它断了能续、让几个进程一起跑的几样东西。
 
 每一步的随机数只取决于种子与步数（:func:`step_seed`），每一轮的次序只取决于种子与轮数，
-所以从检查点续训与一口气训完，走的是同样的路、得到同样的数。
+所以从检查点续训与一口气训完，几个进程与一个进程，走的是同样的路、得到同样的数（舍入除外）。
 """
 
 from __future__ import annotations
@@ -12,30 +12,39 @@ import io
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
+import psutil
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from vaelab.data import ImageSet, batches, to_float
 from vaelab.evaluate import evaluate, optimal_kld_weight
-from vanilla_vae import VanillaVAE, positive_int
+from vanilla_vae import VanillaVAE, eval_mode, positive_int
 
 CHECKPOINT = "checkpoint.pt"
 HISTORY = "history.csv"
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SWITCHES = ("auto", "on", "off")
+PLACES = ("auto", "device", "host")
+LOSSES = ("loss", "Reconstruction_Loss", "KLD", "kld_weight")  # 每一步记下的四个数
 WARMUP = 0.1  # 学习率升到最高处所用的步数，占总步数的比例
 
 
@@ -45,11 +54,11 @@ class TrainConfig:
 
     Attributes:
         epochs: 轮数；一轮是把训练集看一遍。
-        batch_size: 批大小，≥ 2（批归一化要有可统计的量）。
+        batch_size: 批大小，≥ 2（批归一化要有可统计的量）；几个进程一起训练时是各进程之和。
         lr: 学习率的最高值；先线性升高，再按余弦降到 0。
         kld_weight: KL 的权重 w = 2σ²/D，或 ``"optimal"``：每一步取 σ² = 这一批的 MSE（arXiv:2006.13202）。
         seed: 次序、噪声的种子。
-        precision: ``auto``、``fp32`` 或 ``bf16``（自动混合精度）。
+        precision: ``auto``、``fp32``，或自动混合精度的 ``bf16``、``fp16``（后者带损失缩放）。
     """
 
     epochs: int = 5
@@ -88,76 +97,142 @@ def train(
     out: str | os.PathLike | None = None,
     *,
     device: str | torch.device = "auto",
+    compile: str = "auto",
+    cuda_graphs: str = "auto",
+    data_on: str = "auto",
+    sync_batch_norm: bool = True,
     resume: bool = False,
     extra: dict | None = None,
     progress: bool = True,
 ) -> list[dict]:
     """训练 ``model``（就地改动，结束时在 eval 模式），每一轮之后在测试集上评价，并存下检查点。
 
-    按 Ctrl-C 会在当前这一步之后停下：存一份精确到步的检查点，``resume=True`` 从那里接着走。
+    按 Ctrl-C（或收到 SIGTERM）会在当前这一步之后停下：存一份精确到步的检查点，``resume=True`` 从那里接着走。
+    在 :func:`join` 之内调用，几个进程就一起训练：各算每一批的一份，梯度取平均，只有第 0 个进程写文件。
 
     Args:
         model: 图像大小、通道数须与 ``data`` 相符。
         data: 训练与测试图像。
         config: 训练的设置。
         out: 存放 ``checkpoint.pt`` 与 ``history.csv`` 的文件夹；None 则什么也不存。
-        device: ``auto`` 依次选 cuda、mps、cpu。
-        resume: 从 ``out`` 里的检查点接着训练，直到 ``config.epochs`` 轮。
+        device, compile, cuda_graphs, data_on: 怎样跑，见 :func:`make_plan`。
+        sync_batch_norm: 几个进程时，批归一化是否在整批上统计；关掉就各算各的，快一点，数不再与一个进程相同。
+        resume: 从 ``out`` 里的检查点接着训练，直到 ``config.epochs`` 轮；进程数可以与原来不同。
         extra: 一并存进检查点的设置（字典，只含数、字符串与列表），例如数据从哪里来。
-        progress: 是否显示进度条。
+        progress: 是否显示进度条，并先用一行说明这样跑的理由。
 
     Returns:
         每一轮一行的历史，列见 ``history.csv``。
 
     Raises:
-        TrainingError: 损失不再是有限的数，或检查点存不下。
-        ValueError: 设置与数据、与检查点不相符。
+        TrainingError: 损失不再是有限的数，检查点存不下，内存装不下一批，或与别的进程失去联系。
+        ValueError: 设置与数据、与检查点不相符，或设备做不到所要求的。
     """
-    device = pick_device(device)
-    use_bf16 = pick_precision(config.precision, device) == "bf16"
+    world = current_world()
     if config.batch_size > len(data.train):
         raise ValueError(f"batch_size 应不大于训练图数 {len(data.train)}，收到 {config.batch_size}；请减小它。")
+    if config.batch_size % world.size or (world.size > 1 and config.batch_size < 2 * world.size):
+        nearest = max(2, round(config.batch_size / world.size)) * world.size
+        raise ValueError(f"batch_size 应能由 {world.size} 个进程均分，每份至少 2 张，收到 {config.batch_size}；请改用 {nearest}。")
     steps_per_epoch = len(data.train) // config.batch_size
     total_steps = config.epochs * steps_per_epoch
+    plan = make_plan(
+        data, config, device=device, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on, total_steps=total_steps
+    )
+    show = progress and world.rank == 0
+    if show:
+        print(plan.why(), flush=True)
 
-    optimizer = prepare(model, config, device)
-    run = _Run(model, optimizer, config, None if out is None else Path(out), steps_per_epoch, extra or {})
+    optimizer = prepare(model, config, plan.device)
+    memory, share = available_memory(plan.device), config.batch_size // world.size
+    if plan.device.type == "cpu" and (refusal := _too_large(model, share, plan.precision, memory)):
+        raise ValueError(refusal)  # 真的用尽时，系统会不声不响地结束进程，所以先算
+    scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.precision == "fp16")
+    run = _Run(model, optimizer, scaler, config, None if out is None or world.rank else Path(out), steps_per_epoch, extra or {})
     if resume:
-        run.restore()
-    elif out is not None:
+        run.restore(world.from_first(lambda: load_checkpoint(out)))
+    else:
         run.save()  # 从第一步之前起，任何时刻被杀都有可载入的检查点
+    objective = prepared_objective(model, config, plan, world, sync_batch_norm)
+    images_on_device = data.train.to(plan.device) if plan.resident else data.train
+    noise = torch.Generator(plan.device)
 
     images_total, images_done = (n * config.batch_size for n in (total_steps, run.step))
-    bar = tqdm(total=images_total, initial=images_done, unit="图", unit_scale=True, smoothing=0.1, disable=not progress)
-    with bar, _stop_on_ctrl_c() as stop_requested, torch.random.fork_rng(_cuda_index(device)):
-        while run.step < total_steps and not stop_requested():
+    bar = tqdm(total=images_total, initial=images_done, unit="图", unit_scale=True, smoothing=0.1, disable=not show)
+    with bar, _stop_on_signal() as stop_asked, _clear_errors(run, world, lambda: _too_large(model, share, plan.precision, memory)):
+        stop = False
+        while run.step < total_steps and not stop:
             epoch, done_in_epoch = divmod(run.step, steps_per_epoch)
             bar.set_description(f"第 {epoch + 1}/{config.epochs} 轮")
             shuffle = torch.Generator().manual_seed(step_seed(config.seed, epoch))
             started, started_at, pending = time.perf_counter(), run.step, None
             model.train()
-            for images in islice(batches(data.train, config.batch_size, shuffle), done_in_epoch, None):
-                losses = train_step(model, optimizer, images, config, run.step, total_steps, use_bf16)
+            order = batches(images_on_device, config.batch_size, shuffle, shard=(world.rank, world.size))
+            for images in _ahead(islice(order, done_in_epoch, None), data, plan):
+                shape = (config.batch_size, model.latent_dim)
+                eps = torch.randn(shape, generator=noise.manual_seed(step_seed(config.seed, run.step)), device=plan.device)
+                lr = learning_rate(run.step, total_steps, config.lr)
+                record = train_step(objective, optimizer, scaler, images, eps.chunk(world.size)[world.rank], lr)
                 run.step += 1
-                run.add(losses)
-                # 查的是上一步：等它的结果时，这一步已经在设备上排着，设备不会闲下来。
-                _check_finite(pending, run, config)
-                pending = (run.step, losses)
+                # 看的是上一步：等它的几个数时，这一步已经在设备上排着，设备不会闲下来。
+                stop = _read(pending, run, config) or (world.size == 1 and stop_asked())
+                pending = (run.step, _fetch_later(world.mean(record, stop_asked())))
                 bar.update(config.batch_size)
-                if run.step % 10 == 0:
-                    bar.set_postfix_str(f"MSE {losses['Reconstruction_Loss']:.4f}，KL {losses['KLD']:.1f}", refresh=False)
-                if stop_requested():
+                if stop:
                     break
-            _check_finite(pending, run, config)
+                if run.step % 10 == 0:
+                    bar.set_postfix_str(f"MSE {run.last[1]:.4f}，KL {run.last[2]:.1f}" if run.last else "", refresh=False)
+            stop = _read(pending, run, config) or stop
             if run.step % steps_per_epoch == 0:
                 seconds = time.perf_counter() - started
                 speed = (run.step - started_at) * config.batch_size / seconds
-                run.finish_epoch(evaluate(model, data.test, seed=config.seed), speed, seconds)
+                if world.rank == 0:
+                    data.require_whole()
+                    run.finish_epoch(evaluate(model, data.test, seed=config.seed), speed, seconds)
             run.save()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model.eval()
     return run.history
+
+
+class Objective(nn.Module):
+    """模型连同损失，一次前向：uint8 图像与噪声 → 损失各项。
+
+    噪声从外面来，里面没有随机数，所以编译与否、一个还是几个进程，算的都是同一个函数。
+
+    Args:
+        model: 所训练的模型，是它的子模块。
+        kld_weight: 见 :class:`TrainConfig`。
+        precision: ``fp32``、``bf16`` 或 ``fp16``；损失总是 float32。
+    """
+
+    AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+    def __init__(self, model: VanillaVAE, kld_weight: float | str, precision: str = "fp32") -> None:
+        super().__init__()
+        self.model, self.optimal, self.dtype = model, kld_weight == "optimal", self.AUTOCAST.get(precision)
+        self.processes = current_world().size
+        weight = torch.tensor(0.0 if self.optimal else float(kld_weight))
+        self.register_buffer("fixed_weight", weight.to(model.fc_mu.weight.device), persistent=False)
+
+    def forward(self, images: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        """uint8 ``[B, C, H, W]`` 与标准正态噪声 ``[B, L]`` → 零维张量的字典，键见 ``LOSSES``；只有 ``loss`` 带梯度。"""
+        x = to_float(images).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None):
+            mu, log_var = self.model.encode(x)
+            z = mu + torch.exp(0.5 * log_var) * eps  # 即 model.reparameterize
+            recons = self.model.decode(z)
+        weight = self.optimal_weight(recons.detach(), x) if self.optimal else self.fixed_weight
+        return {**self.model.loss_function(recons, x, mu, log_var, M_N=weight), "kld_weight": weight}
+
+    def optimal_weight(self, recons: Tensor, x: Tensor) -> Tensor:
+        """σ² 取整批的 MSE 时的权重 2σ²/D，零维张量，不回传梯度（arXiv:2006.13202）。"""
+        mse = F.mse_loss(recons.to(x.dtype), x)
+        if self.processes > 1:
+            dist.all_reduce(mse)
+            mse = mse / self.processes
+        return optimal_kld_weight(mse, x[0].numel())
 
 
 def prepare(model: VanillaVAE, config: TrainConfig, device: torch.device) -> torch.optim.Adam:
@@ -169,28 +244,39 @@ def prepare(model: VanillaVAE, config: TrainConfig, device: torch.device) -> tor
 
 
 def train_step(
-    model: VanillaVAE,
+    objective: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     images: Tensor,
-    config: TrainConfig,
-    step: int,
-    total_steps: int,
-    use_bf16: bool = False,
-) -> dict:
-    """一步训练：uint8 ``[B, C, H, W]`` → 损失各项，见 ``VanillaVAE.loss_function``，外加所用的 ``kld_weight``。"""
-    device = model.fc_mu.weight.device
-    x = to_float(images.to(device)).contiguous(memory_format=torch.channels_last)
+    eps: Tensor,
+    lr: float,
+) -> Tensor:
+    """一步训练：uint8 ``[B, C, H, W]`` 与噪声 ``[B, L]`` → 这一步的 ``[loss, MSE, KL, w]``，留在设备上。"""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, total_steps, config.lr)
-    torch.manual_seed(step_seed(config.seed, step))
-    with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-        recons, _, mu, log_var = model(x)
-    weight = kld_weight(config.kld_weight, recons, x)
-    losses = model.loss_function(recons, x, mu, log_var, M_N=weight)
+        group["lr"] = lr
+    losses = objective(images.to(eps.device, non_blocking=True), eps)
     optimizer.zero_grad(set_to_none=True)
-    losses["loss"].backward()
-    optimizer.step()
-    return {**losses, "kld_weight": weight}
+    scaler.scale(losses["loss"]).backward()  # 只有 fp16 真的缩放，免得小的梯度下溢成 0
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.stack([losses[name].detach() for name in LOSSES])
+
+
+def _ahead(order: Iterator[Tensor], data: ImageSet, plan: Plan) -> Iterator[Tensor]:
+    """要搬运的数据由另一个线程先取好一批，放在锁页内存里；已在设备上、或在 CPU 的内存里的，原样给出。"""
+    if plan.resident or (plan.device.type != "cuda" and data.mapped is None):
+        yield from order
+        return
+    def fetch() -> Tensor | None:
+        data.require_whole()
+        images = next(order, None)
+        return images.pin_memory() if images is not None and plan.device.type == "cuda" else images
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(fetch)
+        while (images := waiting.result()) is not None:
+            waiting = pool.submit(fetch)
+            yield images
 
 
 def step_seed(seed: int, index: int) -> int:
@@ -204,13 +290,6 @@ def learning_rate(step: int, total_steps: int, peak: float) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
-
-
-def kld_weight(setting: float | str, recons: Tensor, x: Tensor) -> float | Tensor:
-    """KL 的权重：给定的数，或 ``optimal`` 时的 2·MSE/D（零维张量，不回传梯度）。"""
-    if setting != "optimal":
-        return float(setting)
-    return optimal_kld_weight(F.mse_loss(recons.detach().float(), x), x[0].numel())
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Adam:
@@ -227,35 +306,73 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(trained, lr, fused=trained[0].device.type in ("cpu", "cuda"))
 
 
-def _check_finite(pending: tuple[int, dict] | None, run: _Run, config: TrainConfig) -> None:
-    if pending is None or math.isfinite(pending[1]["loss"].item()):
-        return
-    step, losses = pending
+def _fetch_later(record: Tensor) -> Callable[[], list[float]]:
+    """开始把设备上的几个数取回来；返回的函数等它们到齐，而不等排在后面的计算。
+
+    CUDA 上直接 ``.item()`` 要等当前队列里的一切，包括刚排上的下一步；记一个事件，就只等到事件为止。
+    """
+    if record.device.type != "cuda":
+        return record.tolist
+    numbers = torch.empty(record.shape, dtype=record.dtype, pin_memory=True).copy_(record, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return lambda: arrived.synchronize() or numbers.tolist()
+
+
+def _read(pending: tuple[int, Callable[[], list[float]]] | None, run: _Run, config: TrainConfig) -> bool:
+    """取回一步的结果：不是有限的数就报错，否则累计；返回是否有进程要求停下。"""
+    if pending is None:
+        return False
+    step, fetched = pending[0], pending[1]()
+    values = run.last = fetched[: len(LOSSES)]
+    if math.isfinite(values[0]):
+        run.add(values)
+        return any(fetched[len(LOSSES) :])
     saved = "" if run.path is None else "上一轮的检查点完好，减小 --lr 后可加 --resume 接着训练；"
     raise TrainingError(
-        f"第 {step} 步的损失不再是有限的数（MSE {losses['Reconstruction_Loss']:.3g}，KL {losses['KLD']:.3g}）：多半是学习率 "
+        f"第 {step} 步的损失不再是有限的数（MSE {values[1]:.3g}，KL {values[2]:.3g}）：多半是学习率 "
         f"{config.lr:g} 太大；{saved}也可以先试 lr = {config.lr / 4:g}。"
     )
 
 
 @contextmanager
-def _stop_on_ctrl_c() -> Iterator:
-    """Ctrl-C（SIGINT）只记下来，由循环在一步走完之后停下；再按一次立即中断。只有主线程能装信号处理。"""
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C（SIGINT）与 SIGTERM 只记下来，由循环在一步走完之后停下；再按一次 Ctrl-C 立即中断。只有主线程能装信号处理。"""
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield requested.is_set
         return
 
     def handler(signum: int, frame: object) -> None:
-        if requested.is_set():
+        if requested.is_set() and signum == signal.SIGINT:
             raise KeyboardInterrupt
         requested.set()
 
-    previous = signal.signal(signal.SIGINT, handler)
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requested.is_set
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def _clear_errors(run: _Run, world: World, too_large: Callable[[], str | None]) -> Iterator[None]:
+    """把内存不够、进程失联这两种来自深处的错误，换成说得清的一句话。"""
+    try:
+        yield
+    except RuntimeError as error:
+        saved = "" if run.path is None else f"检查点停在第 {run.saved_step} 步，加 --resume 可接着训练。"
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            what = too_large() or "内存装不下这一批；请减小 --batch-size。"
+            raise TrainingError(what + saved) from error
+        if world.size > 1 and not isinstance(error, TrainingError):
+            reason = re.sub(r"^\[\S*\] *", "", str(error).splitlines()[0])[:120]  # 去掉 gloo 的源码位置
+            raise TrainingError(
+                f"第 {run.step + 1} 步时与别的进程失去了联系（{reason}）：多半有一个进程已经退出，请看它的错误，"
+                f"再重新启动，进程数可以不同。{saved}"
+            ) from error
+        raise
 
 
 # ---------------------------------------------------------------- 检查点与历史
@@ -266,21 +383,20 @@ class _Run:
 
     FORMAT = 1
 
-    def __init__(self, model, optimizer, config: TrainConfig, path: Path | None, steps_per_epoch: int, extra: dict):
-        self.model, self.optimizer, self.config, self.extra = model, optimizer, config, extra
+    def __init__(self, model, optimizer, scaler, config: TrainConfig, path: Path | None, steps_per_epoch: int, extra: dict):
+        self.model, self.optimizer, self.scaler, self.config, self.extra = model, optimizer, scaler, config, extra
         self.path, self.steps_per_epoch = path, steps_per_epoch
-        self.step, self.history, self.sums = 0, [], {}
+        self.step, self.saved_step, self.history, self.sums = 0, 0, [], dict.fromkeys(LOSSES, 0.0)
+        self.last: list[float] | None = None  # 最近取回的一步
 
-    def add(self, losses: dict) -> None:
-        """累计这一步；留在设备上，不逐步取回。"""
-        for name, value in losses.items():
-            if isinstance(value, Tensor) and value.device.type != "mps":  # MPS 没有 float64
-                value = value.detach().double()
-            self.sums[name] = self.sums.get(name, 0) + value
+    def add(self, values: list[float]) -> None:
+        """累计一步的四个数，次序见 ``LOSSES``。"""
+        for name, value in zip(LOSSES, values):
+            self.sums[name] += value
 
     def finish_epoch(self, test, images_per_s: float, seconds: float) -> None:
-        mean = {name: float(total) / self.steps_per_epoch for name, total in self.sums.items()}
-        self.sums = {}
+        mean = {name: total / self.steps_per_epoch for name, total in self.sums.items()}
+        self.sums = dict.fromkeys(LOSSES, 0.0)
         self.history.append(
             {
                 "epoch": self.step // self.steps_per_epoch,
@@ -311,9 +427,11 @@ class _Run:
             "extra": self.extra,
             "steps_per_epoch": self.steps_per_epoch,
             "step": self.step,
-            "sums": {name: float(total) for name, total in self.sums.items()},
+            "sums": self.sums,
             "history": self.history,
         }
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / CHECKPOINT, lambda file: torch.save(state, file))
@@ -323,9 +441,9 @@ class _Run:
                 f"第 {self.step} 步的检查点写不进 {self.path}（{error}）；请腾出磁盘空间或检查权限，"
                 "再加 --resume 从上一份完好的检查点接着训练。"
             ) from error
+        self.saved_step = self.step
 
-    def restore(self) -> None:
-        state = load_checkpoint(self.path)
+    def restore(self, state: dict) -> None:
         if state["model_args"] != model_args(self.model):
             raise ValueError(
                 f"检查点里的模型是 {state['model_args']}，这次给的是 {model_args(self.model)}；"
@@ -344,6 +462,8 @@ class _Run:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if "scaler" in state and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.sums = state["step"], state["history"], dict(state["sums"])
 
 
@@ -414,14 +534,84 @@ def _as_csv(history: list[dict]) -> str:
     return text.getvalue()
 
 
-# ---------------------------------------------------------------- 设备、精度、内存
+# ---------------------------------------------------------------- 怎样跑：设备、精度、编译、数据放哪里
+
+
+@dataclass(frozen=True)
+class Plan:
+    """这一次怎样跑，以及每一项的理由。
+
+    Attributes:
+        device: 在哪里算。
+        precision: ``fp32``、``bf16`` 或 ``fp16``。
+        compile: 是否用 ``torch.compile``。
+        cuda_graphs: 是否把一步的全部核函数录成一张图重放。
+        resident: 训练集是否整个放在设备上。
+        reasons: 各项的理由，依次是设备、精度、编译、数据。
+    """
+
+    device: torch.device
+    precision: str
+    compile: bool
+    cuda_graphs: bool
+    resident: bool
+    reasons: tuple[str, ...]
+
+    def why(self) -> str:
+        """一行话：这样跑，以及为什么。"""
+        return "为什么这样跑：" + "；".join(self.reasons)
+
+
+OVERHEAD = 250_000_000  # 卷积库的代码与工作区，字节；CPU 上量得约 180 MB
+COMPILE_STEPS = 1000  # CUDA 上少于这么多步，编译的一两分钟抵不回来
+
+
+def make_plan(
+    data: ImageSet,
+    config: TrainConfig,
+    *,
+    device: str | torch.device = "auto",
+    compile: str = "auto",
+    cuda_graphs: str = "auto",
+    data_on: str = "auto",
+    total_steps: int = COMPILE_STEPS,
+) -> Plan:
+    """按机器与任务的大小决定怎样跑；每一项都可以指定。
+
+    Args:
+        data, config: 训练的数据与设置。
+        device: ``auto`` 依次选 cuda、mps、cpu。
+        compile, cuda_graphs: ``auto``、``on`` 或 ``off``。没有编译器时退回不编译，理由里会说。
+        data_on: ``device`` 把训练集整个放到设备上，``host`` 逐批搬运，``auto`` 看放不放得下。
+        total_steps: 一共要走多少步。
+
+    Raises:
+        ValueError: 选项不认得，或设备做不到。
+    """
+    for name, value, known in (("compile", compile, SWITCHES), ("cuda_graphs", cuda_graphs, SWITCHES), ("data_on", data_on, PLACES)):
+        if value not in known:
+            raise ValueError(f"{name} 应为 {'、'.join(known)} 之一，收到 {value!r}。")
+    device = pick_device(device)
+    on_cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} 线程" if device.type == "cpu" else ""
+    precision, why_precision = _choose_precision(config.precision, device)
+    use_compile, why_compile = _choose_compile(compile, device, total_steps)
+    if cuda_graphs == "on" and not (on_cuda and use_compile):
+        raise ValueError("cuda_graphs=on 要有 CUDA 设备，并且编译（compile=on）；请改为 auto，或补上这两样。")
+    use_graphs = cuda_graphs != "off" and on_cuda and use_compile and current_world().size == 1
+    if use_compile:
+        why_compile += "，一步录成一张 CUDA 图" if use_graphs else ""
+    resident, why_data = _choose_place(data_on, data, device)
+    reasons = (f"{device.type}" + f"（{where}）" * bool(where), why_precision, why_compile, why_data)
+    return Plan(device, precision, use_compile, use_graphs, resident, reasons)
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """``auto`` 依次选 cuda、mps、cpu；指名的设备须真在。"""
+    """``auto`` 依次选 cuda、mps、cpu；指名的设备须真在。几个进程时，每个进程用自己的那一块 GPU。"""
+    if str(device) in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", process_gpu(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()))
     if str(device) == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(name)
+        return torch.device("mps" if torch.backends.mps.is_available() and current_world().size == 1 else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
@@ -431,18 +621,41 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     return chosen
 
 
-def pick_precision(precision: str, device: torch.device) -> str:
-    """``auto`` 在 bf16 真正更快的设备上选 bf16，其余选 fp32。
+def process_gpu(local_rank: int, gpus: int) -> int:
+    """本机第 ``local_rank`` 个进程用第几块 GPU；进程比 GPU 多就报 ValueError。"""
+    if local_rank >= gpus:
+        raise ValueError(f"每个进程应有自己的 GPU，这台机器有 {gpus} 块，却起了至少 {local_rank + 1} 个进程；请用 --nproc_per_node {gpus}，或加 --device cpu。")
+    return local_rank
 
-    CUDA 看硬件是否原生支持。CPU 上有指令不等于更快（要看有没有 AMX 一类的矩阵单元），所以各算一层卷积，量出来再定。
-    """
-    if precision != "auto":
-        return precision
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """``auto`` 选真正更快的精度，见 :func:`make_plan`；指名的精度须是硬件算得了的。"""
+    return _choose_precision(precision, device)[0]
+
+
+def _choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bf16" if _conv_seconds(torch.float32) > 1.2 * _conv_seconds(torch.bfloat16) else "fp32"
-    return "fp32"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "bf16" and not native:
+            name = torch.cuda.get_device_name(device)
+            raise ValueError(f"bf16 应有硬件支持，{name} 没有；请改用 --precision fp16、fp32 或 auto。")
+        if precision == "auto" and native:
+            return "bf16", "bf16（硬件原生支持）"
+        if precision == "auto" and torch.cuda.get_device_capability(device) >= (7, 0):
+            return "fp16", "fp16 加损失缩放（有张量核心而没有 bf16）"
+    if device.type == "cpu":
+        supported = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(), "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported()}
+        if precision == "fp16" and not supported["fp16"]:
+            raise ValueError("fp16 应有硬件支持，这个 CPU 没有；请改用 --precision bf16、fp32 或 auto。")
+        if precision == "bf16" and not supported["bf16"]:
+            return "bf16", "bf16（你指定的；这个 CPU 没有 bf16 指令，由软件模拟，会慢）"
+        if precision == "auto" and supported["bf16"]:
+            # 有指令不等于更快（要看有没有 AMX 一类的矩阵单元），所以各算一层卷积，量出来再定。
+            ratio = _conv_seconds(torch.float32) / _conv_seconds(torch.bfloat16)
+            return ("bf16" if ratio > 1.2 else "fp32"), f"{'bf16' if ratio > 1.2 else 'fp32'}（量得一层卷积用 bf16 的速度是 fp32 的 {ratio:.1f} 倍）"
+    if precision == "auto":
+        return "fp32", "fp32（这个设备上没有更快的精度）"
+    return precision, f"{precision}（你指定的）"
 
 
 def _conv_seconds(dtype: torch.dtype) -> float:
@@ -455,6 +668,88 @@ def _conv_seconds(dtype: torch.dtype) -> float:
         conv(x).sum().backward()
         seconds.append(time.perf_counter() - started)
     return min(seconds)
+
+
+def _choose_compile(compile: str, device: torch.device, total_steps: int) -> tuple[bool, str]:
+    if compile == "off":
+        return False, "不编译（你指定的）"
+    if compile == "auto" and device.type != "cuda":
+        return False, "不编译（CPU 上编译先花一两分钟，长训练可加 --compile on）" if device.type == "cpu" else "不编译"
+    if compile == "auto" and total_steps < COMPILE_STEPS:
+        return False, f"不编译（只有 {total_steps} 步，抵不回编译的时间）"
+    try:
+        torch.compile(_fused_probe)(torch.ones(8, device=device))
+    except Exception as error:  # 没有编译器、没有 triton……各后端抛出的类型不一
+        reason = str(error).strip().splitlines()[0][:100]
+        return False, f"不编译（想编译，这里没有能用的编译器：{reason}）"
+    return True, "编译（你指定的）" if compile == "on" else f"编译（{total_steps} 步，抵得回编译的时间）"
+
+
+def _fused_probe(x: Tensor) -> Tensor:
+    return torch.relu(2 * x + 1)
+
+
+def _choose_place(data_on: str, data: ImageSet, device: torch.device) -> tuple[bool, str]:
+    size = f"{data.train.numel() / 1e6:.3g} MB"
+    at_rest = "在内存里" if data.mapped is None else "在内存映射的文件里"
+    if device.type == "cpu":
+        return False, f"数据 {size} {at_rest}"
+    if data_on == "auto" and device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        data_on = "device" if data.train.numel() < free / 2 else "host"
+        return data_on == "device", f"数据 {size} {'整个放在显存里' if data_on == 'device' else at_rest + '，逐批搬运'}（显存空着 {free / 1e6:.0f} MB）"
+    return data_on == "device", f"数据 {size} {'整个放在设备上' if data_on == 'device' else at_rest + '，逐批搬运'}"
+
+
+def step_memory(model: VanillaVAE, precision: str = "fp32") -> tuple[int, int]:
+    """训练所需的内存，字节：``(固定的, 每张图的)``。
+
+    固定的是参数、梯度与 Adam 的两份统计；每张图的由两次小的前向量出：自动求导存下的张量随批大小增加多少，
+    再加反向时同时活着的、与最大的激活同大的五份（在 CPU 上对两种宽度、两种批大小量得）。
+    """
+    parameters = {p.data_ptr() for p in model.parameters()}
+    objective, stored = Objective(model, 0.0, precision), []
+    for batch in (2, 4):
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor, saved: dict = saved) -> Tensor:
+            if tensor.data_ptr() not in parameters:
+                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        device = model.fc_mu.weight.device
+        images = torch.zeros(batch, model.in_channels, model.image_size, model.image_size, dtype=torch.uint8, device=device)
+        with eval_mode(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = objective(images, torch.zeros(batch, model.latent_dim, device=device))["loss"]
+        stored.append(sum(saved.values()))
+        del loss
+    largest = model.hidden_dims[0] * model.image_size**2 * (4 if precision == "fp32" else 2)  # 最后一级的激活
+    fixed = 4 * 4 * sum(p.numel() for p in model.parameters())
+    return fixed, (stored[1] - stored[0]) // 2 + 5 * largest
+
+
+def available_memory(device: torch.device) -> int:
+    """还能用的内存，字节：GPU 上是整块显存，CPU 上是此刻空着的，并且不超过给这个进程的限额。"""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    free = psutil.virtual_memory().available
+    try:
+        import resource
+    except ImportError:  # Windows 没有这种限额
+        return free
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return free if soft == resource.RLIM_INFINITY else min(free, soft - psutil.Process().memory_info().vms)
+
+
+def _too_large(model: VanillaVAE, batch: int, precision: str, memory: int) -> str | None:
+    """``memory`` 字节里装不下 ``batch`` 张图的一步时的话，含装得下的最大的批；装得下则是 None。"""
+    fixed, each = step_memory(model, precision)
+    need = fixed + OVERHEAD + batch * each
+    if need <= memory:
+        return None
+    fits = (memory - fixed - OVERHEAD) // each
+    remedy = f"请把 --batch-size 减到 {fits}" if fits >= 2 else "请减小 --image-size 或 --hidden-dims"
+    return f"batch_size 应使一步装得进内存，收到每个进程 {batch} 张，约需 {need / 1e6:.0f} MB，能用的有 {memory / 1e6:.0f} MB；{remedy}。"
 
 
 def keep_freed_memory() -> bool:
@@ -472,7 +767,169 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
 
 
-def _cuda_index(device: torch.device) -> list[int]:
-    if device.type != "cuda":
-        return []
-    return [torch.cuda.current_device() if device.index is None else device.index]
+# ---------------------------------------------------------------- 几个进程
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """一起训练的进程：我是第 ``rank`` 个（从 0 数），一共 ``size`` 个。只有一个进程时是 ``World(0, 1)``。"""
+
+    rank: int = 0
+    size: int = 1
+
+    def mean(self, record: Tensor, stop: bool) -> Tensor:
+        """各进程的记录取平均，末尾添上要求停下的比例；大家由此看到同样的数，作同样的决定。"""
+        if self.size == 1:
+            return record
+        message = torch.cat([record, record.new_tensor([float(stop)])])
+        dist.all_reduce(message)
+        return message / self.size
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """第 0 个进程算出来，别的进程照抄；它若出错，别的进程安静地退出，由它说明。"""
+        if self.size == 1:
+            return compute()
+        answer: list = [None, False]
+        if self.rank == 0:
+            try:
+                answer = [compute(), True]
+            except BaseException:
+                dist.broadcast_object_list(answer)
+                raise
+        dist.broadcast_object_list(answer)
+        if not answer[1]:
+            raise SystemExit(1)
+        return answer[0]
+
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """这一段由每台机器的第 0 个进程先走完，本机其余的再走；先走的出了错，后面的不再走。"""
+        ahead = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if self.size > 1 and not ahead:
+            try:
+                dist.barrier()
+            except RuntimeError as error:  # 先走的已经说明原因，退出了
+                raise SystemExit(1) from error
+        yield
+        if self.size > 1 and ahead:
+            dist.barrier()
+
+
+def current_world() -> World:
+    """由 :func:`join` 加入的进程们；没有加入就只有自己。"""
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    return World()
+
+
+@contextmanager
+def join(device: str = "auto", timeout: float = 300.0) -> Iterator[World]:
+    """与 torchrun 起的其余进程会合，离开时散开；不是由 torchrun 起的，就什么也不做。
+
+    GPU 之间用 NCCL，CPU 之间用 gloo。
+
+    Args:
+        device: 同 :func:`pick_device`。
+        timeout: 等其余进程到齐，最多多少秒。
+
+    Raises:
+        TrainingError: 有进程没有来。
+        ValueError: 进程比 GPU 多。
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1 or not dist.is_available():
+        yield World()
+        return
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    rank = int(os.environ["RANK"])
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+        store = dist.PrefixStore("vaelab", store)
+        store.add("arrived", 1)
+        deadline = time.monotonic() + timeout
+        while store.add("arrived", 0) < size:
+            if time.monotonic() > deadline:
+                raise dist.DistStoreError("没有到齐")
+            time.sleep(0.05)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(hours=1))
+    except dist.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        missing = "没有到齐" if rank == 0 else f"没有等到，或联系不上 {address} 上的第 0 个进程"
+        raise TrainingError(
+            f"应有 {size} 个进程，第 {rank} 个等了 {timeout:g} 秒，{missing}；请在每台机器上运行同样的 torchrun 命令，检查地址与端口，或减少进程数。"
+        ) from error
+    try:
+        yield World(rank, size)
+        dist.barrier()  # 等大家都做完再散，先走的不至于让还在通信的断线
+    finally:
+        dist.destroy_process_group()
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """各进程的张量相加。每个进程的和都用到了每个进程的那一份，所以反向时梯度也相加。"""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return _SumOverProcesses.forward(ctx, gradient)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """各进程合起来统计的批归一化，用于 CPU；GPU 上用 ``torch.nn.SyncBatchNorm``。
+
+    每个进程的批一样大，所以整批的均值是各进程均值的平均；方差先减去整批的均值再平均，不损失精度。
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` → 同形；训练时在全部进程的 ``N·B·H·W`` 个数上统计。"""
+        if not self.training:
+            return super().forward(x)
+        size, wide = dist.get_world_size(), x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = _SumOverProcesses.apply(wide.mean((0, 2, 3))) / size
+        centred = wide - mean[:, None, None]
+        var = _SumOverProcesses.apply(centred.square().mean((0, 2, 3))) / size
+        with torch.no_grad():
+            count = size * x.numel() // x.shape[1]
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked.add_(1)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def prepared_objective(model: VanillaVAE, config: TrainConfig, plan: Plan, world: World, sync_batch_norm: bool) -> nn.Module:
+    """照 ``plan`` 编译，几个进程时再照 ``world`` 同步。"""
+    if world.size > 1 and sync_batch_norm:
+        _synchronise_batch_norm(model, plan.device)
+    objective = Objective(model, config.kld_weight, plan.precision)
+    if plan.compile:
+        objective = torch.compile(objective, dynamic=False, options={"triton.cudagraphs": plan.cuda_graphs})
+    if world.size > 1:
+        own = [plan.device] if plan.device.type == "cuda" else None
+        objective = nn.parallel.DistributedDataParallel(objective, device_ids=own, gradient_as_bucket_view=True)
+    return objective
+
+
+def _synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """就地把批归一化换成同步的；参数与统计量还是原来的张量。"""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                synced = SyncBatchNorm2d(child.num_features, child.eps, child.momentum)
+                synced.weight, synced.bias = child.weight, child.bias
+                synced.running_mean, synced.running_var = child.running_mean, child.running_var
+                synced.num_batches_tracked = child.num_batches_tracked
+                setattr(module, name, synced)
