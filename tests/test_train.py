@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -122,6 +123,109 @@ def test_half_precision_follows_fp32(data, precision):
     losses = [[row["loss"] for row in run] for run in runs]
     assert losses[0] != losses[1]  # 真的换了精度
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+# ---------------------------------------------------------------- 怎样跑
+
+
+def test_plan_says_why_in_one_line_and_refuses_what_the_device_cannot_do(data):
+    plan = T.make_plan(data, CONFIG, device="cpu")
+    assert (plan.device.type, plan.precision, plan.compile, plan.cuda_graphs, plan.resident) == ("cpu", "fp32", False, False, False)
+    why = plan.why()
+    assert "\n" not in why and all(word in why for word in ("为什么这样跑", "cpu", "fp32（你指定的）", "不编译", "0.0691 MB 在内存里"))
+    assert T.make_plan(data, replace(CONFIG, precision="auto"), device="cpu").precision in ("fp32", "bf16")
+    for wrong, message in (
+        ({"compile": "maybe"}, "compile 应为 auto、on、off 之一"),
+        ({"data_on": "disk"}, "data_on 应为 auto、device、host 之一"),
+        ({"cuda_graphs": "on"}, "cuda_graphs=on 要有 CUDA"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            T.make_plan(data, CONFIG, device="cpu", **wrong)
+
+
+def test_compiled_training_gives_the_numbers_of_eager_training(data):
+    if not T.make_plan(data, CONFIG, device="cpu", compile="on").compile:
+        pytest.skip("这里没有能用的编译器")
+    config = replace(CONFIG, epochs=1, kld_weight="optimal")
+    eager, compiled = (T.train(new_model(), data, config, compile=c, device="cpu", progress=False)[0] for c in ("off", "on"))
+    for key in ("loss", "mse", "kld", "kld_weight", "test_mse"):
+        assert compiled[key] == pytest.approx(eager[key], rel=1e-3)
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(tmp_path):
+    script = RUN_FOREVER.replace("progress=False", 'compile="on"')
+    nowhere = {"CXX": "/nonexistent", "PATH": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "run", "1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **nowhere}, capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "不编译（想编译，这里没有能用的编译器：" in done.stdout
+    assert T.load_checkpoint(tmp_path / "run")["step"] == 5
+
+
+MEMORY = """
+import resource, sys, psutil, torch
+from vaelab import train as T
+from vaelab.data import load
+from vanilla_vae import VanillaVAE
+data = load("faces", count=700)
+torch.manual_seed(0)
+model = VanillaVAE(3, 16, [16, 32, 64, 128])
+now = psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (now + 1_200_000_000,) * 2)
+config = T.TrainConfig(epochs=1, batch_size=int(sys.argv[1]), precision="fp32")
+T.train(model, data, config, sys.argv[2], device="cpu", progress=False)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="只有 Linux 真的按 RLIMIT_AS 限制内存")
+def test_a_batch_that_does_not_fit_is_refused_and_the_named_one_works(tmp_path):
+    def attempt(batch: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", MEMORY, str(batch), str(tmp_path / "run")]
+        return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, encoding="utf-8")
+
+    refused = attempt(630)
+    assert refused.returncode == 1 and "ValueError: batch_size 应使一步装得进内存，收到每个进程 630 张" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    largest = int(re.search(r"减到 (\d+)。", refused.stderr)[1])
+    assert 100 < largest < 600
+    accepted = attempt(largest)
+    assert accepted.returncode == 0, accepted.stderr
+
+
+SHRINKING = """
+import os, sys, time, torch
+from PIL import Image
+from vaelab import train as T
+from vaelab.data import load
+from vanilla_vae import VanillaVAE
+folder = sys.argv[1]
+os.mkdir(folder)
+for i in range(60):
+    Image.new("RGB", (16, 16), (4 * i, 200 - 3 * i, i)).save(f"{folder}/{i}.png")
+data = load(folder, image_size=16, cache_dir=folder + "-cache", progress=False)
+path, size = data.mapped
+steps, real = [], T.train_step
+def shrink(*arguments):
+    steps.append(1)
+    if len(steps) == 5:
+        time.sleep(0.3)  # 预取的那一批已经读好
+        os.truncate(path, size // 2)
+    return real(*arguments)
+T.train_step = shrink
+torch.manual_seed(0)
+T.train(VanillaVAE(3, 2, [4], image_size=16), data, T.TrainConfig(epochs=9, batch_size=18, precision="fp32"), sys.argv[2], device="cpu", progress=False)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows 不让截短映射着的文件")
+def test_a_memory_map_that_shrank_is_named_and_loses_nothing(tmp_path):
+    command = [sys.executable, "-c", SHRINKING, str(tmp_path / "pictures"), str(tmp_path / "run")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 1, done.stderr  # 不是 SIGBUS
+    assert re.search(r"OSError: 解码缓存 .*应有 \d+ 字节，现在只有 \d+：它在使用中被改短了；请重新运行", done.stderr)
+    assert T.load_checkpoint(tmp_path / "run")["step"] == 3  # 每轮 3 步，停在第 2 轮
 
 
 # ---------------------------------------------------------------- 检查点、续训、被杀

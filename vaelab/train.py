@@ -176,7 +176,7 @@ def train(
                 run.step += 1
                 # 看的是上一步：等它的几个数时，这一步已经在设备上排着，设备不会闲下来。
                 stop = _read(pending, run, config) or (world.size == 1 and stop_asked())
-                pending = (run.step, _fetch_later(world.mean(record, stop_asked())))
+                pending = (run.step, fetch_later(world.mean(record, stop_asked())))
                 bar.update(config.batch_size)
                 if stop:
                     break
@@ -306,7 +306,7 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(trained, lr, fused=trained[0].device.type in ("cpu", "cuda"))
 
 
-def _fetch_later(record: Tensor) -> Callable[[], list[float]]:
+def fetch_later(record: Tensor) -> Callable[[], list[float]]:
     """开始把设备上的几个数取回来；返回的函数等它们到齐，而不等排在后面的计算。
 
     CUDA 上直接 ``.item()`` 要等当前队列里的一切，包括刚排上的下一步；记一个事件，就只等到事件为止。
@@ -747,7 +747,7 @@ def _too_large(model: VanillaVAE, batch: int, precision: str, memory: int) -> st
     need = fixed + OVERHEAD + batch * each
     if need <= memory:
         return None
-    fits = (memory - fixed - OVERHEAD) // each
+    fits = int(0.95 * memory - fixed - OVERHEAD) // each  # 留一点余地：空着的内存时多时少
     remedy = f"请把 --batch-size 减到 {fits}" if fits >= 2 else "请减小 --image-size 或 --hidden-dims"
     return f"batch_size 应使一步装得进内存，收到每个进程 {batch} 张，约需 {need / 1e6:.0f} MB，能用的有 {memory / 1e6:.0f} MB；{remedy}。"
 
