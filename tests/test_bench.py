@@ -72,7 +72,7 @@ def test_a_record_keeps_what_was_not_measured_again(tmp_path):
 @pytest.mark.parametrize("record", bench.records(), ids=lambda record: record["machine"]["gpu"] or record["machine"]["cpu"])
 def test_committed_records_say_where_when_and_with_what(record):
     assert {"machine", "date", "versions"} <= record.keys()
-    for section in ("loop", "data", "endtoend", "epoch", "scale", "speedrun"):
+    for section in ("loop", "data", "endtoend", "allocator", "epoch", "scale", "speedrun"):
         if section in record:
             assert {"date", "versions"} <= record[section].keys()
     assert not any(word in json.dumps(record) for word in ("/tmp", "/home", "/root", "/work"))

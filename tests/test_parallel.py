@@ -59,7 +59,8 @@ def environment(**extra: str) -> dict:
 def together(*arguments: object) -> subprocess.Popen:
     """torchrun 起两个进程训练。"""
     command = [*TORCHRUN, free_port(), ROOT / "vanilla_vae.py", "train", *SMALL, *arguments]
-    return subprocess.Popen([*map(str, command)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
+    return subprocess.Popen([*map(str, command)], env=environment(), **both)
 
 
 def alone(*arguments: object) -> None:
@@ -97,7 +98,8 @@ def test_training_and_resuming_do_not_depend_on_the_number_of_processes(tmp_path
     """两个进程走一轮，一个进程接着走到第二轮，与一个进程一口气走完的历史相同；只有一份进度与文件。"""
     output = finished(together("--epochs", 1, "--out", tmp_path / "mixed"))
     assert output.count("为什么这样跑：") == output.count("接下来可以试") == 1 and "2 个进程均分" in output
-    assert {path.name for path in (tmp_path / "mixed").iterdir()} == {T.CHECKPOINT, T.HISTORY, *(f"{n}.png" for n in ("history", "kl", "reconstructions", "samples"))}
+    pictures = {f"{name}.png" for name in ("history", "kl", "reconstructions", "samples")}
+    assert {path.name for path in (tmp_path / "mixed").iterdir()} == {T.CHECKPOINT, T.HISTORY, *pictures}
     (first,) = timeless(tmp_path / "mixed")
     alone("--epochs", 2, "--resume", "--out", tmp_path / "mixed")
 

@@ -215,7 +215,8 @@ def shrink(*arguments):
     return real(*arguments)
 T.train_step = shrink
 torch.manual_seed(0)
-T.train(VanillaVAE(3, 2, [4], image_size=16), data, T.TrainConfig(epochs=9, batch_size=18, precision="fp32"), sys.argv[2], device="cpu", progress=False)
+config = T.TrainConfig(epochs=9, batch_size=18, precision="fp32")
+T.train(VanillaVAE(3, 2, [4], image_size=16), data, config, sys.argv[2], device="cpu", progress=False)
 """
 
 

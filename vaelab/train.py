@@ -192,6 +192,8 @@ def train(
             run.save()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    if world.size > 1:
+        _swap_batch_norm(model, nn.BatchNorm2d)
     model.eval()
     return run.history
 
@@ -267,6 +269,7 @@ def _ahead(order: Iterator[Tensor], data: ImageSet, plan: Plan) -> Iterator[Tens
     if plan.resident or (plan.device.type != "cuda" and data.mapped is None):
         yield from order
         return
+
     def fetch() -> Tensor | None:
         data.require_whole()
         images = next(order, None)
@@ -674,7 +677,7 @@ def _choose_compile(compile: str, device: torch.device, total_steps: int) -> tup
     if compile == "off":
         return False, "不编译（你指定的）"
     if compile == "auto" and device.type != "cuda":
-        return False, "不编译（CPU 上编译先花一两分钟，长训练可加 --compile on）" if device.type == "cpu" else "不编译"
+        return False, "不编译（CPU 上编译要先花几十秒，训练几分钟以上可加 --compile on）" if device.type == "cpu" else "不编译"
     if compile == "auto" and total_steps < COMPILE_STEPS:
         return False, f"不编译（只有 {total_steps} 步，抵不回编译的时间）"
     try:
@@ -803,7 +806,6 @@ class World:
             raise SystemExit(1)
         return answer[0]
 
-
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
         """这一段由每台机器的第 0 个进程先走完，本机其余的再走；先走的出了错，后面的不再走。"""
@@ -840,7 +842,7 @@ def join(device: str = "auto", timeout: float = 300.0) -> Iterator[World]:
         ValueError: 进程比 GPU 多。
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1 or not dist.is_available():
+    if size == 1 or not dist.is_available() or not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         yield World()
         return
     chosen = pick_device(device)
@@ -856,7 +858,8 @@ def join(device: str = "auto", timeout: float = 300.0) -> Iterator[World]:
             if time.monotonic() > deadline:
                 raise dist.DistStoreError("没有到齐")
             time.sleep(0.05)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(hours=1))
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=1))
     except dist.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         missing = "没有到齐" if rank == 0 else f"没有等到，或联系不上 {address} 上的第 0 个进程"
@@ -910,7 +913,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 def prepared_objective(model: VanillaVAE, config: TrainConfig, plan: Plan, world: World, sync_batch_norm: bool) -> nn.Module:
     """照 ``plan`` 编译，几个进程时再照 ``world`` 同步。"""
     if world.size > 1 and sync_batch_norm:
-        _synchronise_batch_norm(model, plan.device)
+        _swap_batch_norm(model, nn.SyncBatchNorm if plan.device.type == "cuda" else SyncBatchNorm2d)
     objective = Objective(model, config.kld_weight, plan.precision)
     if plan.compile:
         objective = torch.compile(objective, dynamic=False, options={"triton.cudagraphs": plan.cuda_graphs})
@@ -920,16 +923,13 @@ def prepared_objective(model: VanillaVAE, config: TrainConfig, plan: Plan, world
     return objective
 
 
-def _synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """就地把批归一化换成同步的；参数与统计量还是原来的张量。"""
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return
+def _swap_batch_norm(model: nn.Module, kind: type[nn.Module]) -> None:
+    """就地把全部批归一化换成 ``kind``；参数与统计量还是原来的张量。"""
     for module in model.modules():
         for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
-                synced = SyncBatchNorm2d(child.num_features, child.eps, child.momentum)
-                synced.weight, synced.bias = child.weight, child.bias
-                synced.running_mean, synced.running_var = child.running_mean, child.running_var
-                synced.num_batches_tracked = child.num_batches_tracked
-                setattr(module, name, synced)
+            if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                swapped = kind(child.num_features, child.eps, child.momentum)
+                swapped.weight, swapped.bias = child.weight, child.bias
+                swapped.running_mean, swapped.running_var = child.running_mean, child.running_var
+                swapped.num_batches_tracked = child.num_batches_tracked
+                setattr(module, name, swapped)
