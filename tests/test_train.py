@@ -255,6 +255,18 @@ def test_resume_gives_the_numbers_of_an_unbroken_run(data, tmp_path, monkeypatch
     assert same_weights(T.load_model(tmp_path / "b"), whole)
 
 
+def test_resuming_keeps_the_precision_that_was_chosen(data, tmp_path, monkeypatch):
+    """auto 每次现量；续训若量出另一个结果，也照旧，数才接得上。"""
+    config = replace(CONFIG, epochs=1, precision="auto")
+    monkeypatch.setattr(T, "_bf16_speedup", lambda: 2.0)
+    T.train(new_model(), data, config, tmp_path, progress=False)
+    chosen = T.load_checkpoint(tmp_path)["ran_on"]["precision"]
+    monkeypatch.setattr(T, "_bf16_speedup", lambda: 0.5)
+    assert T.make_plan(data, config, device="cpu").precision == "fp32"
+    T.train(new_model(), data, replace(config, epochs=2), tmp_path, device="cpu", resume=True, progress=False)
+    assert T.load_checkpoint(tmp_path)["ran_on"] == {"device": "cpu", "precision": chosen}
+
+
 RUN_FOREVER = """
 import sys, torch
 torch.set_num_threads(1)

@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -136,9 +136,11 @@ def train(
         raise ValueError(f"batch_size 应能由 {world.size} 个进程均分，每份至少 2 张，收到 {config.batch_size}；请改用 {nearest}。")
     steps_per_epoch = len(data.train) // config.batch_size
     total_steps = config.epochs * steps_per_epoch
+    saved = world.from_first(lambda: load_checkpoint(out)) if resume else None
     plan = make_plan(
         data, config, device=device, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on, total_steps=total_steps
     )
+    plan = world.from_first(lambda: _same_precision(plan, config, saved)).on(plan.device)
     show = progress and world.rank == 0
     if show:
         print(plan.why(), flush=True)
@@ -149,8 +151,9 @@ def train(
         raise ValueError(refusal)  # 真的用尽时，系统会不声不响地结束进程，所以先算
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.precision == "fp16")
     run = _Run(model, optimizer, scaler, config, None if out is None or world.rank else Path(out), steps_per_epoch, extra or {})
-    if resume:
-        run.restore(world.from_first(lambda: load_checkpoint(out)))
+    run.ran_on = {"device": plan.device.type, "precision": plan.precision}
+    if saved:
+        run.restore(saved)
     else:
         run.save()  # 从第一步之前起，任何时刻被杀都有可载入的检查点
     objective = prepared_objective(model, config, plan, world, sync_batch_norm)
@@ -391,6 +394,7 @@ class _Run:
         self.path, self.steps_per_epoch = path, steps_per_epoch
         self.step, self.saved_step, self.history, self.sums = 0, 0, [], dict.fromkeys(LOSSES, 0.0)
         self.last: list[float] | None = None  # 最近取回的一步
+        self.ran_on: dict[str, str] = {}  # 设备与精度；续训照旧，不重新量
 
     def add(self, values: list[float]) -> None:
         """累计一步的四个数，次序见 ``LOSSES``。"""
@@ -432,6 +436,7 @@ class _Run:
             "step": self.step,
             "sums": self.sums,
             "history": self.history,
+            "ran_on": self.ran_on,
         }
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
@@ -564,6 +569,10 @@ class Plan:
         """一行话：这样跑，以及为什么。"""
         return "为什么这样跑：" + "；".join(self.reasons)
 
+    def on(self, device: torch.device) -> Plan:
+        """同样的安排，换成这个进程自己的设备。"""
+        return replace(self, device=device)
+
 
 OVERHEAD = 250_000_000  # 卷积库的代码与工作区，字节；CPU 上量得约 180 MB
 COMPILE_STEPS = 1000  # CUDA 上少于这么多步，编译的一两分钟抵不回来
@@ -607,6 +616,15 @@ def make_plan(
     resident, why_data = _choose_place(data_on, data, device)
     reasons = (f"{device.type}" + f"（{where}）" * bool(where), why_precision, why_compile, why_data)
     return Plan(device, precision, use_compile, use_graphs, resident, reasons)
+
+
+def _same_precision(plan: Plan, config: TrainConfig, saved: dict | None) -> Plan:
+    """续训时，自动选的精度照旧：重新量一次可能选得不同，数就接不上了。"""
+    before = (saved or {}).get("ran_on", {})
+    if config.precision != "auto" or before.get("device") != plan.device.type:
+        return plan
+    device, _, *rest = plan.reasons
+    return replace(plan, precision=before["precision"], reasons=(device, f"{before['precision']}（与续训之前相同）", *rest))
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -654,23 +672,27 @@ def _choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
             return "bf16", "bf16（你指定的；这个 CPU 没有 bf16 指令，由软件模拟，会慢）"
         if precision == "auto" and supported["bf16"]:
             # 有指令不等于更快（要看有没有 AMX 一类的矩阵单元），所以各算一层卷积，量出来再定。
-            ratio = _conv_seconds(torch.float32) / _conv_seconds(torch.bfloat16)
+            ratio = _bf16_speedup()
             return ("bf16" if ratio > 1.2 else "fp32"), f"{'bf16' if ratio > 1.2 else 'fp32'}（量得一层卷积用 bf16 的速度是 fp32 的 {ratio:.1f} 倍）"
     if precision == "auto":
         return "fp32", "fp32（这个设备上没有更快的精度）"
     return precision, f"{precision}（你指定的）"
 
 
-def _conv_seconds(dtype: torch.dtype) -> float:
-    """一层有代表性的卷积前向加反向所用的时间，取几次里最短的。"""
-    conv = nn.Conv2d(64, 128, 3, stride=2, padding=1).to(dtype=dtype, memory_format=torch.channels_last)
-    x = torch.ones(32, 64, 16, 16, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        conv(x).sum().backward()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+def _bf16_speedup() -> float:
+    """一层有代表性的卷积，前向加反向，bf16 的速度是 float32 的几倍：两边交错着走，各取最快的一次。"""
+    fastest = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    works = []
+    for dtype in fastest:
+        conv = nn.Conv2d(64, 128, 3, stride=2, padding=1).to(dtype=dtype, memory_format=torch.channels_last)
+        x = torch.ones(32, 64, 16, 16, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+        works.append((dtype, conv, x))
+    for _ in range(8):
+        for dtype, conv, x in works:
+            started = time.perf_counter()
+            conv(x).sum().backward()
+            fastest[dtype] = min(fastest[dtype], time.perf_counter() - started)
+    return fastest[torch.float32] / fastest[torch.bfloat16]
 
 
 def _choose_compile(compile: str, device: torch.device, total_steps: int) -> tuple[bool, str]:
