@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vaelab.data import ImageSet, batches, load, to_float, to_uint8
+from vaelab.data import ImageSet, batches, load, map_pixels, to_float, to_uint8
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared" / "data"
@@ -557,3 +558,20 @@ def test_full_disk_is_a_clear_error_and_leaves_nothing(folder, cache):
     assert error.value.__cause__.errno == errno.EFBIG
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
     assert len(get(folder, image_size=64).train) == 7
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows 没有稀疏文件的便捷办法")
+def test_a_map_larger_than_memory_opens_and_is_never_written(tmp_path):
+    """私有、可写的映射比内存大时，系统默认拒绝；这里的文件是稀疏的，不占磁盘。"""
+    path, rows = tmp_path / "big.npy", 2 * psutil.virtual_memory().total // 3072
+    with open(path, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (rows, 3, 32, 32)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + rows * 3072)
+    pixels = torch.from_numpy(map_pixels(path))
+    assert pixels.shape == (rows, 3, 32, 32) and pixels[[0, rows // 2, rows - 1]].sum() == 0
+    pixels[-1] = 7
+    assert torch.from_numpy(map_pixels(path))[-1].sum() == 0
+    os.truncate(path, 1000)
+    with pytest.raises(ValueError):
+        map_pixels(path)

@@ -10,10 +10,13 @@ import difflib
 import hashlib
 import io
 import json
+import math
+import mmap
 import os
 import re
 import secrets
 import stat
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+import psutil
 import torch
 from filelock import FileLock  # torch 自身的依赖，装了 torch 就有
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -617,18 +621,38 @@ def _decoded_set(
             buffer = io.BytesIO()
             record = decode(buffer)
             buffer.seek(0)
-            found = np.load(buffer), record
+            found = np.load(buffer), {**record, "file": None}
         else:
             with lock:
                 found = _open_cache(cache, key, manifest) or _build_cache(cache, key, manifest, decode)
     pixels, record = found
+    path = record["file"] and cache / record["file"]
     images = torch.from_numpy(pixels)
     test = record["test"]
-    mapped = None
-    if isinstance(pixels, np.memmap):
-        path = Path(pixels.filename)
-        mapped = (path, path.stat().st_size)
+    mapped = None if path is None else (path, path.stat().st_size)
     return ImageSet(name, images[test:], images[:test], notes=(*notes, *record["notes"]), mapped=mapped)
+
+
+def map_pixels(path: Path) -> np.ndarray:
+    """内存映射一个 uint8 的 .npy；可以比内存还大。改动只在内存里，不会写回文件。
+
+    Raises:
+        ValueError: 文件短于头里所说，或不是 .npy。
+    """
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+        if os.name == "nt":
+            region = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        else:
+            # 私有、可写的映射，系统要按它的大小预留内存，比内存大就拒绝；MAP_NORESERVE 说不必。
+            reserve_nothing = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+            flags, prot = mmap.MAP_PRIVATE | reserve_nothing, mmap.PROT_READ | mmap.PROT_WRITE
+            region = mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
+        pixels = np.frombuffer(region, np.uint8, math.prod(shape), file.tell()).reshape(shape)
+    if pixels.nbytes > psutil.virtual_memory().total / 2 and hasattr(region, "madvise"):
+        region.madvise(mmap.MADV_RANDOM)  # 打乱着读、缓存装不下：每次只读要的那一页，不连着读后面的 128 KB
+    return pixels
 
 
 def _open_cache(cache: Path, key: str, manifest: str) -> tuple[np.ndarray, dict] | None:
@@ -636,7 +660,7 @@ def _open_cache(cache: Path, key: str, manifest: str) -> tuple[np.ndarray, dict]
     with suppress(OSError, ValueError, KeyError, TypeError, EOFError):
         record = json.loads((cache / f"{key}.json").read_text(encoding="utf-8"))
         if record["manifest"] == manifest:
-            pixels = np.load(cache / record["file"], mmap_mode="c")  # 文件短于头里所说时报 ValueError
+            pixels = map_pixels(cache / record["file"])
             if list(pixels.shape) == record["shape"]:
                 return pixels, record
     return None
@@ -662,4 +686,4 @@ def _build_cache(cache: Path, key: str, manifest: str, decode: Callable[..., dic
             reason = error.strerror or error
             raise OSError(f"解码缓存写不进 {cache}（{reason}）；请腾出空间，或用环境变量 VAELAB_CACHE 指定别处。") from error
         raise
-    return np.load(path, mmap_mode="c"), record
+    return map_pixels(path), record

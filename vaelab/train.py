@@ -171,7 +171,7 @@ def train(
             started, started_at, pending = time.perf_counter(), run.step, None
             model.train()
             order = batches(images_on_device, config.batch_size, shuffle, shard=(world.rank, world.size))
-            for images in _ahead(islice(order, done_in_epoch, None), data, plan):
+            for images in ahead(islice(order, done_in_epoch, None), data, plan):
                 shape = (config.batch_size, model.latent_dim)
                 eps = torch.randn(shape, generator=noise.manual_seed(step_seed(config.seed, run.step)), device=plan.device)
                 lr = learning_rate(run.step, total_steps, config.lr)
@@ -267,7 +267,7 @@ def train_step(
     return torch.stack([losses[name].detach() for name in LOSSES])
 
 
-def _ahead(order: Iterator[Tensor], data: ImageSet, plan: Plan) -> Iterator[Tensor]:
+def ahead(order: Iterator[Tensor], data: ImageSet, plan: Plan) -> Iterator[Tensor]:
     """要搬运的数据由另一个线程先取好一批，放在锁页内存里；已在设备上、或在 CPU 的内存里的，原样给出。"""
     if plan.resident or (plan.device.type != "cuda" and data.mapped is None):
         yield from order
