@@ -128,7 +128,7 @@ def train(
         TrainingError: 损失不再是有限的数，检查点存不下，内存装不下一批，或与别的进程失去联系。
         ValueError: 设置与数据、与检查点不相符，或设备做不到所要求的。
     """
-    world = current_world()
+    world, device = current_world(), pick_device(device)
     if config.batch_size > len(data.train):
         raise ValueError(f"batch_size 应不大于训练图数 {len(data.train)}，收到 {config.batch_size}；请减小它。")
     if config.batch_size % world.size or (world.size > 1 and config.batch_size < 2 * world.size):
@@ -228,16 +228,17 @@ class Objective(nn.Module):
             mu, log_var = self.model.encode(x)
             z = mu + torch.exp(0.5 * log_var) * eps  # 即 model.reparameterize
             recons = self.model.decode(z)
-        weight = self.optimal_weight(recons.detach(), x) if self.optimal else self.fixed_weight
+        weight = optimal_weight(recons, x, self.processes) if self.optimal else self.fixed_weight
         return {**self.model.loss_function(recons, x, mu, log_var, M_N=weight), "kld_weight": weight}
 
-    def optimal_weight(self, recons: Tensor, x: Tensor) -> Tensor:
-        """σ² 取整批的 MSE 时的权重 2σ²/D，零维张量，不回传梯度（arXiv:2006.13202）。"""
-        mse = F.mse_loss(recons.to(x.dtype), x)
-        if self.processes > 1:
-            dist.all_reduce(mse)
-            mse = mse / self.processes
-        return optimal_kld_weight(mse, x[0].numel())
+
+def optimal_weight(recons: Tensor, x: Tensor, processes: int = 1) -> Tensor:
+    """KL 的权重 2σ²/D，σ² 取整批（几个进程合起来）的 MSE：零维张量，不回传梯度（arXiv:2006.13202）。"""
+    mse = F.mse_loss(recons.detach().to(x.dtype), x)
+    if processes > 1:
+        dist.all_reduce(mse)
+        mse = mse / processes
+    return optimal_kld_weight(mse, x[0].numel())
 
 
 def prepare(model: VanillaVAE, config: TrainConfig, device: torch.device) -> torch.optim.Adam:
