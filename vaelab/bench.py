@@ -36,12 +36,11 @@ import numpy as np
 import psutil
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from vaelab import train
 from vaelab.cli import MODEL_DEFAULTS
 from vaelab.data import ImageSet, batches, draw_faces, load, map_pixels, to_float
-from vaelab.evaluate import evaluate, optimal_kld_weight
+from vaelab.evaluate import evaluate
 from vanilla_vae import VanillaVAE
 
 RECORDS = Path(__file__).parent / "records"
@@ -112,9 +111,7 @@ def _usual_step(model: VanillaVAE, recipe: Recipe, data: ImageSet, device: torch
         outputs = model(x.to(device))
         if recipe.schedule:
             optimizer.param_groups[0]["lr"] = train.learning_rate(index, total, recipe.lr)
-        weight = recipe.kld_weight
-        if weight == "optimal":
-            weight = optimal_kld_weight(F.mse_loss(outputs[0].detach(), outputs[1]), x[0].numel())
+        weight = train.optimal_weight(outputs[0], outputs[1]) if recipe.kld_weight == "optimal" else recipe.kld_weight
         losses = model.loss_function(*outputs, M_N=weight)
         optimizer.zero_grad()
         losses["loss"].backward()
