@@ -516,6 +516,8 @@ def bell(sigma: float, mu: float = 0) -> np.ndarray:
     ids=str,
 )
 def test_another_rendering_of_the_same_figure_passes(version, style):
+    if not version and matplotlib.__version_info__ < (3, 11):
+        pytest.skip("存着的图是 3.11 画的，更旧的总按另一版来比")
     curves = [bell(1), bell(1.5), bell(0.8, 2)]
     new, old = draw(*curves, version=version, **style), draw(*curves)
     assert new != old and figure_difference(new, old) < 1

@@ -143,6 +143,26 @@ def test_plan_says_why_in_one_line_and_refuses_what_the_device_cannot_do(data):
             T.make_plan(data, CONFIG, device="cpu", **wrong)
 
 
+def test_only_long_runs_compile_by_themselves_and_resuming_changes_nothing(data):
+    def plan(steps: int, **before: object) -> T.Plan:
+        return T.make_plan(data, replace(CONFIG, precision="auto"), device="cpu", total_steps=steps, before=before or None)
+
+    long, can = T.COMPILE_STEPS, T.make_plan(data, CONFIG, device="cpu", compile="on").compile
+    assert not plan(long - 1).compile and f"只有 {long - 1} 步" in plan(long - 1).why()
+    assert plan(long).compile == can
+    kept = plan(long, device="cpu", precision="fp16", compile=False)
+    assert (kept.precision, kept.compile) == ("fp16", False) and kept.why().count("与续训之前相同") == 2
+    assert plan(1, device="cpu", precision="fp32", compile=True).compile == can
+    elsewhere = plan(1, device="cuda", precision="fp16", compile=True)  # 换了设备，重新选
+    assert elsewhere.precision != "fp16" and not elsewhere.compile
+
+
+def test_which_precision_is_faster_is_measured_without_touching_anything(data):
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    assert 0.05 < T._bf16_speedup() < 20
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+
+
 def test_compiled_training_gives_the_numbers_of_eager_training(data):
     if not T.make_plan(data, CONFIG, device="cpu", compile="on").compile:
         pytest.skip("这里没有能用的编译器")
@@ -264,7 +284,7 @@ def test_resuming_keeps_the_precision_that_was_chosen(data, tmp_path, monkeypatc
     monkeypatch.setattr(T, "_bf16_speedup", lambda: 0.5)
     assert T.make_plan(data, config, device="cpu").precision == "fp32"
     T.train(new_model(), data, replace(config, epochs=2), tmp_path, device="cpu", resume=True, progress=False)
-    assert T.load_checkpoint(tmp_path)["ran_on"] == {"device": "cpu", "precision": chosen}
+    assert T.load_checkpoint(tmp_path)["ran_on"] == {"device": "cpu", "precision": chosen, "compile": False}
 
 
 RUN_FOREVER = """

@@ -124,7 +124,7 @@ def _usual_step(model: VanillaVAE, recipe: Recipe, data: ImageSet, device: torch
 def _our_step(model: VanillaVAE, recipe: Recipe, data: ImageSet, device: torch.device, total: int) -> Callable[[int], None]:
     """``vaelab.train`` 的一步。"""
     config = train.TrainConfig(batch_size=recipe.batch_size, lr=recipe.lr, kld_weight=recipe.kld_weight, precision=recipe.precision)
-    plan = train.make_plan(data, config, device=device, compile=recipe.compile)
+    plan = train.make_plan(data, config, device=device, compile=recipe.compile, total_steps=total)
     optimizer = train.prepare(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
     objective = train.prepared_objective(model, config, plan, train.World(), sync_batch_norm=False)

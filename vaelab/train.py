@@ -138,9 +138,10 @@ def train(
     total_steps = config.epochs * steps_per_epoch
     saved = world.from_first(lambda: load_checkpoint(out)) if resume else None
     plan = make_plan(
-        data, config, device=device, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on, total_steps=total_steps
-    )
-    plan = world.from_first(lambda: _same_precision(plan, config, saved)).on(plan.device)
+        data, config, device=device, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on,
+        total_steps=total_steps, before=(saved or {}).get("ran_on"),
+    )  # fmt: skip
+    plan = world.from_first(lambda: plan).on(plan.device)
     show = progress and world.rank == 0
     if show:
         print(plan.why(), flush=True)
@@ -151,7 +152,7 @@ def train(
         raise ValueError(refusal)  # 真的用尽时，系统会不声不响地结束进程，所以先算
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.precision == "fp16")
     run = _Run(model, optimizer, scaler, config, None if out is None or world.rank else Path(out), steps_per_epoch, extra or {})
-    run.ran_on = {"device": plan.device.type, "precision": plan.precision}
+    run.ran_on = {"device": plan.device.type, "precision": plan.precision, "compile": plan.compile}
     if saved:
         run.restore(saved)
     else:
@@ -260,8 +261,8 @@ def train_step(
     """一步训练：uint8 ``[B, C, H, W]`` 与噪声 ``[B, L]`` → 这一步的 ``[loss, MSE, KL, w]``，留在设备上。"""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)  # 先于前向：CUDA 图重放时，上一步的梯度所在的内存要拿来再用
     losses = objective(images.to(eps.device, non_blocking=True), eps)
-    optimizer.zero_grad(set_to_none=True)
     scaler.scale(losses["loss"]).backward()  # 只有 fp16 真的缩放，免得小的梯度下溢成 0
     scaler.step(optimizer)
     scaler.update()
@@ -395,7 +396,7 @@ class _Run:
         self.path, self.steps_per_epoch = path, steps_per_epoch
         self.step, self.saved_step, self.history, self.sums = 0, 0, [], dict.fromkeys(LOSSES, 0.0)
         self.last: list[float] | None = None  # 最近取回的一步
-        self.ran_on: dict[str, str] = {}  # 设备与精度；续训照旧，不重新量
+        self.ran_on: dict[str, str | bool] = {}  # 设备、精度、编译与否；续训时自动选的照旧
 
     def add(self, values: list[float]) -> None:
         """累计一步的四个数，次序见 ``LOSSES``。"""
@@ -576,7 +577,7 @@ class Plan:
 
 
 OVERHEAD = 250_000_000  # 卷积库的代码与工作区，字节；CPU 上量得约 180 MB
-COMPILE_STEPS = 1000  # CUDA 上少于这么多步，编译的一两分钟抵不回来
+COMPILE_STEPS = 10_000  # 少于这么多步就不编译：两个 CPU 核上编译要半分钟，每步省 4 到 14 毫秒，2000 到 7000 步才抵得回来
 
 
 def make_plan(
@@ -587,7 +588,8 @@ def make_plan(
     compile: str = "auto",
     cuda_graphs: str = "auto",
     data_on: str = "auto",
-    total_steps: int = COMPILE_STEPS,
+    total_steps: int = 0,
+    before: dict | None = None,
 ) -> Plan:
     """按机器与任务的大小决定怎样跑；每一项都可以指定。
 
@@ -596,7 +598,8 @@ def make_plan(
         device: ``auto`` 依次选 cuda、mps、cpu。
         compile, cuda_graphs: ``auto``、``on`` 或 ``off``。没有编译器时退回不编译，理由里会说。
         data_on: ``device`` 把训练集整个放到设备上，``host`` 逐批搬运，``auto`` 看放不放得下。
-        total_steps: 一共要走多少步。
+        total_steps: 一共要走多少步；不到 ``COMPILE_STEPS`` 步，``auto`` 不编译。
+        before: 续训时，检查点里记着的 ``ran_on``：在同一种设备上，``auto`` 照旧，不重新选，数才接得上。
 
     Raises:
         ValueError: 选项不认得，或设备做不到。
@@ -607,8 +610,9 @@ def make_plan(
     device = pick_device(device)
     on_cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} 线程" if device.type == "cpu" else ""
-    precision, why_precision = _choose_precision(config.precision, device)
-    use_compile, why_compile = _choose_compile(compile, device, total_steps)
+    before = before if before and before["device"] == device.type else {}
+    precision, why_precision = _choose_precision(config.precision, device, before.get("precision"))
+    use_compile, why_compile = _choose_compile(compile, device, total_steps, before.get("compile"))
     if cuda_graphs == "on" and not (on_cuda and use_compile):
         raise ValueError("cuda_graphs=on 要有 CUDA 设备，并且编译（compile=on）；请改为 auto，或补上这两样。")
     use_graphs = cuda_graphs != "off" and on_cuda and use_compile and current_world().size == 1
@@ -617,15 +621,6 @@ def make_plan(
     resident, why_data = _choose_place(data_on, data, device)
     reasons = (f"{device.type}" + f"（{where}）" * bool(where), why_precision, why_compile, why_data)
     return Plan(device, precision, use_compile, use_graphs, resident, reasons)
-
-
-def _same_precision(plan: Plan, config: TrainConfig, saved: dict | None) -> Plan:
-    """续训时，自动选的精度照旧：重新量一次可能选得不同，数就接不上了。"""
-    before = (saved or {}).get("ran_on", {})
-    if config.precision != "auto" or before.get("device") != plan.device.type:
-        return plan
-    device, _, *rest = plan.reasons
-    return replace(plan, precision=before["precision"], reasons=(device, f"{before['precision']}（与续训之前相同）", *rest))
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -655,7 +650,9 @@ def pick_precision(precision: str, device: torch.device) -> str:
     return _choose_precision(precision, device)[0]
 
 
-def _choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
+def _choose_precision(precision: str, device: torch.device, before: str | None = None) -> tuple[str, str]:
+    if precision == "auto" and before:
+        return before, f"{before}（与续训之前相同）"
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not native:
@@ -681,34 +678,48 @@ def _choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
 
 
 def _bf16_speedup() -> float:
-    """一层有代表性的卷积，前向加反向，bf16 的速度是 float32 的几倍：两边交错着走，各取最快的一次。"""
+    """一层有代表性的卷积，前向加反向，bf16 的速度是 float32 的几倍：两边交错着走，各取最快的一次。
+
+    只用一个线程，计这个线程自己的 CPU 时间：机器正忙时量出来也一样，选择才不会时此时彼。
+    """
     fastest = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    works = []
-    for dtype in fastest:
-        conv = nn.Conv2d(64, 128, 3, stride=2, padding=1).to(dtype=dtype, memory_format=torch.channels_last)
-        x = torch.ones(32, 64, 16, 16, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-        works.append((dtype, conv, x))
-    for _ in range(8):
-        for dtype, conv, x in works:
-            started = time.perf_counter()
-            conv(x).sum().backward()
-            fastest[dtype] = min(fastest[dtype], time.perf_counter() - started)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        works = []
+        for dtype in fastest:
+            x, weight = (
+                torch.ones(shape, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+                for shape in ((32, 64, 16, 16), (128, 64, 3, 3))
+            )
+            works.append((dtype, x, weight))
+        for _ in range(8):
+            for dtype, x, weight in works:
+                started = time.thread_time()
+                F.conv2d(x, weight, stride=2, padding=1).sum().backward()
+                fastest[dtype] = min(fastest[dtype], time.thread_time() - started)
+    finally:
+        torch.set_num_threads(threads)
     return fastest[torch.float32] / fastest[torch.bfloat16]
 
 
-def _choose_compile(compile: str, device: torch.device, total_steps: int) -> tuple[bool, str]:
+def _choose_compile(compile: str, device: torch.device, total_steps: int, before: bool | None = None) -> tuple[bool, str]:
     if compile == "off":
         return False, "不编译（你指定的）"
-    if compile == "auto" and device.type != "cuda":
-        return False, "不编译（CPU 上编译要先花几十秒，训练几分钟以上可加 --compile on）" if device.type == "cpu" else "不编译"
-    if compile == "auto" and total_steps < COMPILE_STEPS:
-        return False, f"不编译（只有 {total_steps} 步，抵不回编译的时间）"
+    why = "你指定的"
+    if compile == "auto":
+        if device.type not in ("cpu", "cuda"):
+            return False, "不编译"
+        wanted = total_steps >= COMPILE_STEPS if before is None else before
+        why = f"{total_steps} 步，抵得回编译的时间" if before is None else "与续训之前相同"
+        if not wanted:
+            return False, f"不编译（{why if before is False else f'只有 {total_steps} 步，抵不回编译的时间'}）"
     try:
         torch.compile(_fused_probe)(torch.ones(8, device=device))
     except Exception as error:  # 没有编译器、没有 triton……各后端抛出的类型不一
         reason = str(error).strip().splitlines()[0][:100]
         return False, f"不编译（想编译，这里没有能用的编译器：{reason}）"
-    return True, "编译（你指定的）" if compile == "on" else f"编译（{total_steps} 步，抵得回编译的时间）"
+    return True, f"编译（{why}）"
 
 
 def _fused_probe(x: Tensor) -> Tensor:
