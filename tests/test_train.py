@@ -143,18 +143,22 @@ def test_plan_says_why_in_one_line_and_refuses_what_the_device_cannot_do(data):
             T.make_plan(data, CONFIG, device="cpu", **wrong)
 
 
-def test_only_long_runs_compile_by_themselves_and_resuming_changes_nothing(data):
+def test_only_long_runs_compile_by_themselves_and_resuming_changes_nothing(data, monkeypatch):
+    monkeypatch.setattr(T, "_bf16_speedup", lambda: 0.5)  # 现在选的话，是 fp32
+
     def plan(steps: int, **before: object) -> T.Plan:
         return T.make_plan(data, replace(CONFIG, precision="auto"), device="cpu", total_steps=steps, before=before or None)
 
     long, can = T.COMPILE_STEPS, T.make_plan(data, CONFIG, device="cpu", compile="on").compile
     assert not plan(long - 1).compile and f"只有 {long - 1} 步" in plan(long - 1).why()
     assert plan(long).compile == can
-    kept = plan(long, device="cpu", precision="fp16", compile=False)
-    assert (kept.precision, kept.compile) == ("fp16", False) and kept.why().count("与续训之前相同") == 2
+    kept = plan(long, device="cpu", precision="bf16", compile=False)
+    assert (kept.precision, kept.compile) == ("bf16", False) and kept.why().count("与续训之前相同") == 2
     assert plan(1, device="cpu", precision="fp32", compile=True).compile == can
-    elsewhere = plan(1, device="cuda", precision="fp16", compile=True)  # 换了设备，重新选
-    assert elsewhere.precision != "fp16" and not elsewhere.compile
+    elsewhere = plan(1, device="cuda", precision="bf16", compile=True)  # 换了设备，重新选
+    assert (elsewhere.precision, elsewhere.compile) == ("fp32", False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    assert plan(1, device="cpu", precision="fp16", compile=False).precision == "fp32"  # 换到没有 fp16 的 CPU，重新选
 
 
 def test_which_precision_is_faster_is_measured_without_touching_anything(data):

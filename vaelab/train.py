@@ -21,7 +21,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import islice
@@ -577,7 +577,7 @@ class Plan:
 
 
 OVERHEAD = 250_000_000  # 卷积库的代码与工作区，字节；CPU 上量得约 180 MB
-COMPILE_STEPS = 10_000  # 少于这么多步就不编译：两个 CPU 核上编译要半分钟，每步省 4 到 14 毫秒，2000 到 7000 步才抵得回来
+COMPILE_STEPS = 10_000  # 少于这么多步就不编译：两个 CPU 核上编译要半分钟，每步省 4 到 14 毫秒，2000 到 7000 步才抵得回来；GPU 上还没有量过
 
 
 def make_plan(
@@ -652,7 +652,9 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 def _choose_precision(precision: str, device: torch.device, before: str | None = None) -> tuple[str, str]:
     if precision == "auto" and before:
-        return before, f"{before}（与续训之前相同）"
+        with suppress(ValueError):  # 换到了没有这种精度的硬件上，就重新选
+            _choose_precision(before, device)
+            return before, f"{before}（与续训之前相同）"
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not native:
@@ -710,10 +712,14 @@ def _choose_compile(compile: str, device: torch.device, total_steps: int, before
     if compile == "auto":
         if device.type not in ("cpu", "cuda"):
             return False, "不编译"
-        wanted = total_steps >= COMPILE_STEPS if before is None else before
-        why = f"{total_steps} 步，抵得回编译的时间" if before is None else "与续训之前相同"
+        if before is not None:
+            wanted, why = before, "与续训之前相同"
+        elif wanted := total_steps >= COMPILE_STEPS:
+            why = f"{total_steps} 步，抵得回编译的时间"
+        else:
+            why = f"只有 {total_steps} 步，抵不回编译的时间"
         if not wanted:
-            return False, f"不编译（{why if before is False else f'只有 {total_steps} 步，抵不回编译的时间'}）"
+            return False, f"不编译（{why}）"
     try:
         torch.compile(_fused_probe)(torch.ones(8, device=device))
     except Exception as error:  # 没有编译器、没有 triton……各后端抛出的类型不一
