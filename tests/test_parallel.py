@@ -53,7 +53,8 @@ def free_port() -> str:
 
 
 def environment(**extra: str) -> dict:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1", **extra}
+    fixed = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # 有 GPU 也用 CPU
+    return {**os.environ, **fixed, **extra}
 
 
 def together(*arguments: object) -> subprocess.Popen:

@@ -47,7 +47,7 @@ def test_train_agrees_with_the_loop_written_out(data, weight):
     """另一份实现：最朴素的循环，NCHW、普通的 Adam、偏置也训练。"""
     config = replace(CONFIG, epochs=2, kld_weight=weight)
     model, plain = new_model(), new_model()
-    history = T.train(model, data, config, progress=False)
+    history = T.train(model, data, config, device="cpu", progress=False)
 
     optimizer, step, losses = torch.optim.Adam(plain.parameters()), 0, []
     plain.train()
@@ -73,7 +73,7 @@ def test_train_agrees_with_the_loop_written_out(data, weight):
 def test_training_beats_the_mean_image_and_leaves_the_model_usable(data):
     model = new_model()
     state = torch.get_rng_state()
-    history = T.train(model, data, replace(CONFIG, epochs=60, lr=1e-2, kld_weight=1e-5), progress=False)
+    history = T.train(model, data, replace(CONFIG, epochs=60, lr=1e-2, kld_weight=1e-5), device="cpu", progress=False)
     x = to_float(data.test)
     baseline = F.mse_loss(to_float(data.train).mean(0, keepdim=True).expand_as(x), x).item()
     assert history[-1]["test_mse"] < 0.75 * baseline
@@ -119,7 +119,7 @@ def test_learning_rate_rises_to_the_peak_then_falls(total, peak):
 def test_half_precision_follows_fp32(data, precision):
     if precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         pytest.skip("这个 CPU 没有 fp16 指令")
-    runs = [T.train(new_model(), data, replace(CONFIG, precision=p), progress=False) for p in ("fp32", precision)]
+    runs = [T.train(new_model(), data, replace(CONFIG, precision=p), device="cpu", progress=False) for p in ("fp32", precision)]
     losses = [[row["loss"] for row in run] for run in runs]
     assert losses[0] != losses[1]  # 真的换了精度
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
@@ -253,6 +253,30 @@ def test_a_memory_map_that_shrank_is_named_and_loses_nothing(tmp_path):
     assert T.load_checkpoint(tmp_path / "run")["step"] == 3  # 每轮 3 步，停在第 2 轮
 
 
+def raised(error: BaseException, while_handling: BaseException | None = None) -> BaseException:
+    try:
+        try:
+            raise while_handling or error
+        except BaseException:
+            raise error
+    except BaseException as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (raised(torch.OutOfMemoryError("CUDA out of memory")), True),
+        (raised(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")), True),
+        (raised(RuntimeError("capture failed"), torch.OutOfMemoryError("")), True),  # 录图时用尽
+        (raised(RuntimeError("shape mismatch")), False),
+    ],
+    ids=str,
+)
+def test_running_out_of_memory_is_recognised_wherever_it_comes_from(error, expected):
+    assert T._out_of_memory(error) is expected
+
+
 # ---------------------------------------------------------------- 检查点、续训、被杀
 
 
@@ -260,18 +284,18 @@ def test_a_memory_map_that_shrank_is_named_and_loses_nothing(tmp_path):
 def test_resume_gives_the_numbers_of_an_unbroken_run(data, tmp_path, monkeypatch, number):
     """在一轮的中途按 Ctrl-C 或收到 SIGTERM（真的信号），续训之后权重逐位相同。"""
     whole = new_model()
-    unbroken = T.train(whole, data, CONFIG, tmp_path / "a", progress=False)
+    unbroken = T.train(whole, data, CONFIG, tmp_path / "a", device="cpu", progress=False)
 
     seen = []
     real = T.train_step
     monkeypatch.setattr(T, "train_step", lambda *a: (seen.append(1), len(seen) == 8 and signal.raise_signal(number), real(*a))[-1])
     part = new_model()
-    rows = T.train(part, data, CONFIG, tmp_path / "b", progress=False)
+    rows = T.train(part, data, CONFIG, tmp_path / "b", device="cpu", progress=False)
     assert len(rows) == 1 and T.load_checkpoint(tmp_path / "b")["step"] == 8  # 每轮 5 步，停在第 2 轮中间
     assert not same_weights(whole, part)
 
     resumed = new_model(seed=99)
-    history = T.train(resumed, data, CONFIG, tmp_path / "b", resume=True, progress=False)
+    history = T.train(resumed, data, CONFIG, tmp_path / "b", resume=True, device="cpu", progress=False)
     assert same_weights(whole, resumed)
     timeless = [[{k: v for k, v in row.items() if k not in ("images_per_s", "seconds")} for row in rows] for rows in (unbroken, history)]
     assert timeless[0] == timeless[1]
@@ -283,7 +307,7 @@ def test_resuming_keeps_the_precision_that_was_chosen(data, tmp_path, monkeypatc
     """auto 每次现量；续训若量出另一个结果，也照旧，数才接得上。"""
     config = replace(CONFIG, epochs=1, precision="auto")
     monkeypatch.setattr(T, "_bf16_speedup", lambda: 2.0)
-    T.train(new_model(), data, config, tmp_path, progress=False)
+    T.train(new_model(), data, config, tmp_path, device="cpu", progress=False)
     chosen = T.load_checkpoint(tmp_path)["ran_on"]["precision"]
     monkeypatch.setattr(T, "_bf16_speedup", lambda: 0.5)
     assert T.make_plan(data, config, device="cpu").precision == "fp32"
@@ -300,7 +324,7 @@ from vanilla_vae import VanillaVAE
 torch.manual_seed(0)
 model = VanillaVAE(3, 4, [8, 16], image_size=16)
 config = T.TrainConfig(epochs=int(sys.argv[2]), batch_size=16, lr=2e-3, kld_weight=1e-3, seed=1, precision="fp32")
-T.train(model, load("faces", image_size=16, count=100), config, sys.argv[1], resume=len(sys.argv) > 3, progress=False)
+T.train(model, load("faces", image_size=16, count=100), config, sys.argv[1], resume=len(sys.argv) > 3, device="cpu", progress=False)
 """
 
 
@@ -330,19 +354,19 @@ def test_killed_at_any_moment_leaves_a_checkpoint_that_continues_exactly(tmp_pat
     assert not list(out.glob("*.tmp"))
 
     whole = new_model()
-    T.train(whole, load("faces", image_size=16, count=100), replace(CONFIG, epochs=epochs), progress=False)
+    T.train(whole, load("faces", image_size=16, count=100), replace(CONFIG, epochs=epochs), device="cpu", progress=False)
     assert same_weights(T.load_model(out), whole)
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(data, tmp_path):
     resource = pytest.importorskip("resource", reason="只有 POSIX 能限制文件大小")
-    T.train(new_model(), data, replace(CONFIG, epochs=1), tmp_path, progress=False)
+    T.train(new_model(), data, replace(CONFIG, epochs=1), tmp_path, device="cpu", progress=False)
     good = (tmp_path / T.CHECKPOINT).read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, hard))
     try:
         with pytest.raises(T.TrainingError, match="腾出磁盘空间.*--resume"):
-            T.train(new_model(), data, replace(CONFIG, epochs=2), tmp_path, resume=True, progress=False)
+            T.train(new_model(), data, replace(CONFIG, epochs=2), tmp_path, resume=True, device="cpu", progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / T.CHECKPOINT).read_bytes() == good
@@ -354,7 +378,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(data, tmp_path):
 
 def test_diverging_loss_stops_with_step_cause_and_remedy(data, tmp_path):
     with pytest.raises(T.TrainingError, match=r"第 \d+ 步.*学习率 1e\+30 太大.*--resume"):
-        T.train(new_model(), data, replace(CONFIG, lr=1e30), tmp_path, progress=False)
+        T.train(new_model(), data, replace(CONFIG, lr=1e30), tmp_path, device="cpu", progress=False)
     state = T.load_checkpoint(tmp_path)["model"]
     assert all(value.isfinite().all() for value in state.values())
 
@@ -367,7 +391,7 @@ class Payload:
 def test_checkpoints_that_cannot_be_trusted_are_refused(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
-    T.train(new_model(), data, replace(CONFIG, epochs=1), run, progress=False)
+    T.train(new_model(), data, replace(CONFIG, epochs=1), run, device="cpu", progress=False)
     whole = (run / T.CHECKPOINT).read_bytes()
     cases = {
         "missing": (None, FileNotFoundError, "没有检查点"),
@@ -393,7 +417,7 @@ def test_checkpoints_that_cannot_be_trusted_are_refused(data, tmp_path, monkeypa
 
 def test_resume_refuses_what_cannot_continue(data, tmp_path):
     config = replace(CONFIG, epochs=2)
-    T.train(new_model(), data, config, tmp_path, progress=False)
+    T.train(new_model(), data, config, tmp_path, device="cpu", progress=False)
     before = (tmp_path / T.CHECKPOINT).read_bytes()
     cases = [
         (new_model(latent_dim=5), config, "同样的结构"),
@@ -403,9 +427,9 @@ def test_resume_refuses_what_cannot_continue(data, tmp_path):
     ]
     for model, changed, message in cases:
         with pytest.raises(ValueError, match=message):
-            T.train(model, data, changed, tmp_path, resume=True, progress=False)
+            T.train(model, data, changed, tmp_path, resume=True, device="cpu", progress=False)
     assert (tmp_path / T.CHECKPOINT).read_bytes() == before
-    longer = T.train(new_model(), data, replace(config, epochs=3), tmp_path, resume=True, progress=False)
+    longer = T.train(new_model(), data, replace(config, epochs=3), tmp_path, resume=True, device="cpu", progress=False)
     assert [row["epoch"] for row in longer] == [1, 2, 3]
 
 
@@ -423,7 +447,7 @@ def test_bad_settings_are_named(field, value):
 
 def test_more_bad_input(data, tmp_path):
     with pytest.raises(ValueError, match="batch_size.*训练图数 90"):
-        T.train(new_model(), data, replace(CONFIG, batch_size=91), progress=False)
+        T.train(new_model(), data, replace(CONFIG, batch_size=91), device="cpu", progress=False)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="用不了设备 cuda.*cpu"):
             T.pick_device("cuda")
@@ -432,4 +456,4 @@ def test_more_bad_input(data, tmp_path):
     blocked = tmp_path / "文件"
     blocked.write_text("占着名字", encoding="utf-8")
     with pytest.raises(T.TrainingError, match="写不进"):
-        T.train(new_model(), data, CONFIG, blocked, progress=False)
+        T.train(new_model(), data, CONFIG, blocked, device="cpu", progress=False)

@@ -194,6 +194,7 @@ def train(
                     data.require_whole()
                     run.finish_epoch(evaluate(model, data.test, seed=config.seed), speed, seconds)
             run.save()
+    optimizer.zero_grad(set_to_none=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     if world.size > 1:
@@ -323,7 +324,7 @@ def fetch_later(record: Tensor) -> Callable[[], list[float]]:
         return record.tolist
     numbers = torch.empty(record.shape, dtype=record.dtype, pin_memory=True).copy_(record, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(record.device))
     return lambda: arrived.synchronize() or numbers.tolist()
 
 
@@ -371,9 +372,11 @@ def _clear_errors(run: _Run, world: World, too_large: Callable[[], str | None]) 
         yield
     except RuntimeError as error:
         saved = "" if run.path is None else f"检查点停在第 {run.saved_step} 步，加 --resume 可接着训练。"
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            what = too_large() or "内存装不下这一批；请减小 --batch-size。"
-            raise TrainingError(what + saved) from error
+        if _out_of_memory(error):
+            what = None
+            with suppress(RuntimeError):  # 估算也要一点内存，可能连它也没有
+                what = too_large()
+            raise TrainingError((what or "内存装不下这一批；请减小 --batch-size。") + saved) from error
         if world.size > 1 and not isinstance(error, TrainingError):
             reason = re.sub(r"^\[\S*\] *", "", str(error).splitlines()[0])[:120]  # 去掉 gloo 的源码位置
             raise TrainingError(
@@ -381,6 +384,15 @@ def _clear_errors(run: _Run, world: World, too_large: Callable[[], str | None]) 
                 f"再重新启动，进程数可以不同。{saved}"
             ) from error
         raise
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """是不是内存用尽：可能来自分配器、cuDNN 或 cuBLAS，也可能藏在录 CUDA 图的错误后面。"""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or re.search("DefaultCPUAllocator|out of memory|ALLOC_FAILED", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 # ---------------------------------------------------------------- 检查点与历史
@@ -613,9 +625,10 @@ def make_plan(
     before = before if before and before["device"] == device.type else {}
     precision, why_precision = _choose_precision(config.precision, device, before.get("precision"))
     use_compile, why_compile = _choose_compile(compile, device, total_steps, before.get("compile"))
-    if cuda_graphs == "on" and not (on_cuda and use_compile):
-        raise ValueError("cuda_graphs=on 要有 CUDA 设备，并且编译（compile=on）；请改为 auto，或补上这两样。")
-    use_graphs = cuda_graphs != "off" and on_cuda and use_compile and current_world().size == 1
+    can_graph = on_cuda and use_compile and current_world().size == 1
+    if cuda_graphs == "on" and not can_graph:
+        raise ValueError("cuda_graphs=on 要有 CUDA 设备，要编译（compile=on），而且只有一个进程；请改为 auto，或补上所缺的。")
+    use_graphs = cuda_graphs != "off" and can_graph
     if use_compile:
         why_compile += "，一步录成一张 CUDA 图" if use_graphs else ""
     resident, why_data = _choose_place(data_on, data, device)
@@ -626,12 +639,14 @@ def make_plan(
 def pick_device(device: str | torch.device = "auto") -> torch.device:
     """``auto`` 依次选 cuda、mps、cpu；指名的设备须真在。几个进程时，每个进程用自己的那一块 GPU。"""
     if str(device) in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", process_gpu(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()))
+        device = f"cuda:{process_gpu(int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count())}"
     if str(device) == "auto":
         return torch.device("mps" if torch.backends.mps.is_available() and current_world().size == 1 else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)  # 流、事件、通信都以它为准
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         have = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
         raise ValueError(f"用不了设备 {device}；这台机器上有 {'、'.join(have)}，请改用其中之一或 auto。") from error
@@ -826,7 +841,7 @@ class World:
         """各进程的记录取平均，末尾添上要求停下的比例；大家由此看到同样的数，作同样的决定。"""
         if self.size == 1:
             return record
-        message = torch.cat([record, record.new_tensor([float(stop)])])
+        message = F.pad(record, (0, 1), value=float(stop))  # 不另建张量：从 CPU 拷一个数会让 CUDA 的队列停下
         dist.all_reduce(message)
         return message / self.size
 
@@ -886,8 +901,6 @@ def join(device: str = "auto", timeout: float = 300.0) -> Iterator[World]:
         yield World()
         return
     chosen = pick_device(device)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     rank = int(os.environ["RANK"])
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
@@ -899,7 +912,8 @@ def join(device: str = "auto", timeout: float = 300.0) -> Iterator[World]:
                 raise dist.DistStoreError("没有到齐")
             time.sleep(0.05)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=1))
+        own = chosen if chosen.type == "cuda" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=1), device_id=own)
     except dist.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         missing = "没有到齐" if rank == 0 else f"没有等到，或联系不上 {address} 上的第 0 个进程"
