@@ -161,7 +161,7 @@ def test_only_long_runs_compile_by_themselves_and_resuming_changes_nothing(data,
     assert plan(1, device="cpu", precision="fp16", compile=False).precision == "fp32"  # 换到没有 fp16 的 CPU，重新选
 
 
-def test_which_precision_is_faster_is_measured_without_touching_anything(data):
+def test_which_precision_is_faster_is_measured_without_touching_anything():
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     assert 0.05 < T._bf16_speedup() < 20
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,11 @@ def steps_of(recipe: Recipe, data: ImageSet, model_args: dict, total: int) -> It
         yield elbo
 
 
+def _train_to_the_end(recipe: Recipe, data: ImageSet, model_args: dict, total: int) -> float:
+    """照 ``recipe`` 训练 ``total`` 步之后的测试 ELBO。"""
+    return float(next(islice(steps_of(recipe, data, model_args, total), total, None)))
+
+
 def _usual_step(model: VanillaVAE, recipe: Recipe, data: ImageSet, device: torch.device, total: int) -> Callable[[int], None]:
     """通常的一步，就像多数教程里写的那样。"""
     for module in model.modules():
@@ -123,9 +129,7 @@ def _usual_step(model: VanillaVAE, recipe: Recipe, data: ImageSet, device: torch
 def _our_step(model: VanillaVAE, recipe: Recipe, data: ImageSet, device: torch.device, total: int) -> Callable[[int], None]:
     """``vaelab.train`` 的一步。"""
     config = train.TrainConfig(batch_size=recipe.batch_size, lr=recipe.lr, kld_weight=recipe.kld_weight, precision=recipe.precision)
-    plan = train.make_plan(
-        data, config, device=device, compile=recipe.compile, data_on=recipe.data_on, total_steps=total
-    )  # fmt: skip
+    plan = train.make_plan(data, config, device=device, compile=recipe.compile, data_on=recipe.data_on, total_steps=total)
     optimizer = train.prepare(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
     objective = train.prepared_objective(model, config, plan, train.World(), sync_batch_norm=False)
@@ -229,7 +233,7 @@ def _train_on_faces(recipe: Recipe, model_args: dict, count: int, total: int) ->
 def bench_loop(rounds: int, steps: int) -> dict:
     """训练循环的比值，与训练同样多的图之后的测试 ELBO；编译的那一份连编译的时间另列。"""
     warmup = 3
-    steps *= 10 if torch.cuda.is_available() else 1  # GPU 上一步只有几毫秒，走少了量不准
+    steps *= _repeat()
     total = warmup + rounds * steps
     recipes = {
         "usual": Recipe("通常", usual=True, keep_memory=False, schedule=False, lr=1e-3),
@@ -404,17 +408,14 @@ def bench_epoch(count: int) -> dict:
     config = train.TrainConfig(epochs=2, batch_size=batch, kld_weight="optimal")
     torch.manual_seed(0)
     model = VanillaVAE(3, **FULL)
-    print(train.make_plan(data, config, compile="on").why(), flush=True)
+    plan = train.make_plan(data, config, compile="on")
+    print(plan.why(), flush=True)
     last = train.train(model, data, config, compile="on", progress=False)[-1]
     usual = Recipe("通常", usual=True, keep_memory=False, schedule=False, lr=1e-3)
     total = 2 * len(data.train) // BATCH
-    walk = steps_of(usual, data, FULL, total)
-    for _ in range(total):
-        next(walk)
-    elbo = {"usual": round(float(next(walk)), 1), "ours": round(last["test_elbo"], 1)}
+    elbo = {"usual": round(_train_to_the_end(usual, data, FULL, total), 1), "ours": round(last["test_elbo"], 1)}
     speed = last["images_per_s"]
-    halved = train.pick_precision("auto", device) != "fp32"
-    floor = _copy_bandwidth(device) / (TRAFFIC / 2 if halved else TRAFFIC)  # 图/秒
+    floor = _copy_bandwidth(device) / (TRAFFIC if plan.precision == "fp32" else TRAFFIC / 2)  # 图/秒
     result = {"images": len(data.train), "batch_size": batch, "images_per_s": speed, "seconds": round(len(data.train) / speed, 3)}
     result |= {"fraction_of_floor": round(speed / floor, 3), "elbo": elbo}
     print(f"一轮 {len(data.train)} 张，达到内存带宽下限的 {result['fraction_of_floor']:.0%}；两轮之后的测试 ELBO：通常 {elbo['usual']}，本项目 {elbo['ours']}", flush=True)
@@ -444,6 +445,12 @@ def _grow(model_args: dict, image_size: int, batch_size: int) -> Iterator[tuple[
     data = load("faces", image_size=image_size, count=batch_size + max(2, batch_size // 9) + 1, progress=False)
     steps = 6
     walk = steps_of(Recipe("", batch_size=batch_size), data, model_args, total=2 + steps)
+    speed = _images_per_s(walk, steps, batch_size)
+    yield speed, _peak_bytes(device) - before
+
+
+def _images_per_s(walk: Iterator, steps: int, batch_size: int) -> float:
+    """先走两步热身，再走 ``steps`` 步，量每秒几张。"""
     for _ in range(2):
         next(walk)
     _wait_for_device()
@@ -451,7 +458,7 @@ def _grow(model_args: dict, image_size: int, batch_size: int) -> Iterator[tuple[
     for _ in range(steps):
         next(walk)
     _wait_for_device()
-    yield steps * batch_size / (time.perf_counter() - started), _peak_bytes(device) - before
+    return steps * batch_size / (time.perf_counter() - started)
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -479,14 +486,7 @@ def _grow_images(folder: str, count: int) -> Iterator[tuple[float, int]]:
     steps = min(150, count // BATCH - 2)
     walk = steps_of(Recipe("", precision="fp32", data_on="host"), data, model_args, total=2 + steps)
     own = _own_bytes()
-    for _ in range(2):
-        next(walk)
-    _wait_for_device()
-    started = time.perf_counter()
-    for _ in range(steps):
-        next(walk)
-    _wait_for_device()
-    speed = steps * BATCH / (time.perf_counter() - started)
+    speed = _images_per_s(walk, steps, BATCH)
     yield speed, _own_bytes() - own
 
 
@@ -561,10 +561,7 @@ def quality(recipe: Recipe, validate: bool) -> Iterator[float]:
     data = load("faces", image_size=64, progress=False)
     data = _without_test(data) if validate else data
     total = recipe.epochs * (len(data.train) // recipe.batch_size)
-    walk = steps_of(recipe, data, MODEL_DEFAULTS, total)
-    for _ in range(total):
-        next(walk)
-    yield float(next(walk))
+    yield _train_to_the_end(recipe, data, MODEL_DEFAULTS, total)
 
 
 def qualities(recipes: list[Recipe], validate: bool = False) -> list[float]:

@@ -629,8 +629,8 @@ def make_plan(
     if cuda_graphs == "on" and not can_graph:
         raise ValueError("cuda_graphs=on 要有 CUDA 设备，要编译（compile=on），而且只有一个进程；请改为 auto，或补上所缺的。")
     use_graphs = cuda_graphs != "off" and can_graph
-    if use_compile:
-        why_compile += "，一步录成一张 CUDA 图" if use_graphs else ""
+    if use_graphs:
+        why_compile += "，一步录成一张 CUDA 图"
     resident, why_data = _choose_place(data_on, data, device)
     reasons = (f"{device.type}" + f"（{where}）" * bool(where), why_precision, why_compile, why_data)
     return Plan(device, precision, use_compile, use_graphs, resident, reasons)
@@ -658,11 +658,6 @@ def process_gpu(local_rank: int, gpus: int) -> int:
     if local_rank >= gpus:
         raise ValueError(f"每个进程应有自己的 GPU，这台机器有 {gpus} 块，却起了至少 {local_rank + 1} 个进程；请用 --nproc_per_node {gpus}，或加 --device cpu。")
     return local_rank
-
-
-def pick_precision(precision: str, device: torch.device) -> str:
-    """``auto`` 选真正更快的精度，见 :func:`make_plan`；指名的精度须是硬件算得了的。"""
-    return _choose_precision(precision, device)[0]
 
 
 def _choose_precision(precision: str, device: torch.device, before: str | None = None) -> tuple[str, str]:
