@@ -1,14 +1,29 @@
-"""让 ``pytest --nbval`` 看见它本来看不见的：没有执行过的单元、变了样的图、被忽略的单元里的警告。
+"""让 ``pytest --nbval`` 看见它本来看不见的：没有执行过的单元、变了样的图、被忽略的单元里的警告、死掉的内核。
 
 nbval 逐字比较文字输出，不比较图像。这里给每个笔记单元加一道检查：重跑得到的图与存着的图应当画着同样的东西。
+怎样才算同样，有两种标准，由图自己带着的来历（``vaelab/provenance.py``）决定用哪一种：
+
+- 由公式画出的图，在任何机器上都一样：逐像素地比，画的数也要相同。
+- 训练过的模型的图，只在同一种机器上一样；换一种机器，须由同样的代码画出，写着同样的字，每条曲线的高低与走向相近。
 """
 
 import base64
 import io
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from queue import Empty
 
-import numpy as np
-import pytest
-from PIL import Image, ImageSequence
+# 空转的 OpenMP 线程会与别的程序抢 CPU。须在 import torch 之前；笔记的内核与测试起的子进程都继承它。
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image, ImageSequence  # noqa: E402
+
+from vaelab import provenance  # noqa: E402
 
 try:
     from nbval.plugin import IPyNbCell
@@ -21,26 +36,81 @@ SAME_VERSION, OTHER_VERSION = (3, 0.1), (8, 0.45)
 
 
 def figure_difference(new: bytes, old: bytes) -> float:
-    """两张图（PNG 或 GIF 的字节）画的东西差多少，以允许的差异为 1；尺寸或帧数不合是无穷大。
+    """两张图（PNG 或 GIF 的字节）画的东西差多少，以允许的差异为 1；尺寸、帧数或文字不合是无穷大。"""
+    if new == old:
+        return 0.0
+    ours, stored = provenance.read(new), provenance.read(old)
+    if ours is None or stored is None:  # 不是笔记的内核画的，或像素后来被改过
+        return _pixel_difference(new, old)
+    elsewhere = ours["machine"] != stored["machine"] or not provenance.repeatable(ours["machine"])
+    if ours["trained"] and stored["trained"] and elsewhere:
+        return max(_trained_difference(ours, stored), _ink_difference(new, old))
+    return max(_pixel_difference(new, old), _content_difference(ours, stored, _same))
+
+
+def _content_difference(new: dict, old: dict, measure: Callable[[np.ndarray, np.ndarray], float]) -> float:
+    """两张图里的文字与各串数差多少；文字不同、曲线的条数或各条的点数不同是无穷大。"""
+    shapes = [[(name, len(values)) for name, values in each["series"]] for each in (new, old)]
+    if new["words"] != old["words"] or shapes[0] != shapes[1]:
+        return math.inf
+    pairs = [(np.array(a), np.array(b)) for (_, a), (_, b) in zip(new["series"], old["series"])]
+    return max((measure(a, b) for a, b in pairs if len(a)), default=0.0)
+
+
+def _same(new: np.ndarray, old: np.ndarray) -> float:
+    """公式画出的一串数：平均相差不到范围的百分之一。"""
+    return float(np.abs(new - old).mean() / _size(old)) / 0.01
+
+
+def _size(values: np.ndarray) -> float:
+    """一串数的范围；几乎是常数的，以它的大小为准。"""
+    return max(float(np.ptp(values)), 1e-3 * float(np.abs(values).max()), 1e-12)
+
+
+def _trained_difference(new: dict, old: dict) -> float:
+    """训练过的模型的图，在另一种机器上：同样的代码、同样的字，每串数的走向与大小都相近。"""
+    return math.inf if new["code"] != old["code"] else _content_difference(new, old, _alike)
+
+
+def _alike(new: np.ndarray, old: np.ndarray) -> float:
+    """走向：平均相差不到范围的四分之一；大小：范围与最大的绝对值，都在 1.6 倍以内。范围不到大小的一成，就只看大小。"""
+    largest = [float(np.abs(values).max()) + 1e-12 for values in (new, old)]
+    spread = [float(np.ptp(values)) + 1e-12 for values in (new, old)]
+    scale = abs(math.log(largest[0] / largest[1]))
+    if max(spread) < 0.1 * max(largest):
+        return scale / math.log(1.6)
+    scale = max(scale, abs(math.log(spread[0] / spread[1])))
+    return max(float(np.abs(new - old).mean()) / spread[1] / 0.25, scale / math.log(1.6))
+
+
+def _ink_difference(new: bytes, old: bytes) -> float:
+    """画上了东西的像素（与左上角的底色不同），两张图的多少应在两倍以内；空白的图由此认出。"""
+    ink = []
+    for data in (new, old):
+        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.int16)
+        ink.append(float((np.abs(pixels - pixels[0, 0]).max(axis=-1) > 8).mean()) + 1e-6)
+    return abs(math.log(ink[0] / ink[1])) / math.log(2)
+
+
+def _pixel_difference(new: bytes, old: bytes) -> float:
+    """逐像素地比。
 
     每个像素与另一张图同一处附近几个像素以内的取值范围相比，只算越出范围的部分：
     挪动一点的文字、换一种抗锯齿都不算，一条去了别处的曲线两头都算。差异是它在全图的平均，单位是 1/255 灰度。
-    只有刻度上的数字不同的两张图，这样分不出来。
+    只有刻度上的数字不同的两张图，这样分不出来；那要看来历里记着的数。
     """
-    if new == old:
-        return 0.0
     images = [Image.open(io.BytesIO(data)) for data in (new, old)]
     same = images[0].info.get("Software") == images[1].info.get("Software")
     shift, limit = SAME_VERSION if same else OTHER_VERSION
     frames = [[frame.convert("RGB") for frame in ImageSequence.Iterator(image)] for image in images]
     if len(frames[0]) != len(frames[1]):
-        return float("inf")
+        return math.inf
     return max(_frame_difference(*pair, shift) for pair in zip(*frames)) / limit
 
 
 def _frame_difference(new: Image.Image, old: Image.Image, shift: int) -> float:
     if any(abs(a - b) > 0.1 * b for a, b in zip(new.size, old.size)):
-        return float("inf")
+        return math.inf
     a, b = (np.asarray(image.resize(old.size), np.int16) for image in (new, old))
     return float(np.maximum(_outside(a, b, shift), _outside(b, a, shift)).max(axis=-1).mean())
 
@@ -63,12 +133,54 @@ def figures(outputs: list) -> list[bytes]:
     return [base64.b64decode(each["data"]["image/png"]) for each in outputs if "image/png" in each.get("data", {})]
 
 
+class KernelDied(Exception):
+    """内核的进程没了；信息说明怎样没的。"""
+
+
+def watch(kernel: object) -> None:
+    """等内核的消息时，每秒看一眼它还在不在；nbval 自己要等到超时，然后只说超时。"""
+    usual = kernel.get_message
+
+    def get_message(stream: str, timeout: float | None = None) -> dict:
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return usual(stream, timeout=max(0.0, min(1.0, left)))
+            except Empty:
+                if not kernel.is_alive():
+                    raise KernelDied(how_it_ended(kernel)) from None
+                if left <= 1:
+                    raise
+
+    kernel.get_message, kernel.watched = get_message, True
+
+
+def how_it_ended(kernel: object) -> str:
+    """内核的退出方式：信号的名字，或退出码。"""
+    process = getattr(kernel.km.provisioner, "process", None)
+    code = process.poll() if process else None
+    if code is None or code >= 0:
+        return "退出码未知" if code is None else f"退出码 {code}"
+    name = signal.Signals(-code).name
+    return f"信号 {name}" + ("，多半是内存用尽，被系统结束" if name == "SIGKILL" else "")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
-    """nbval 认可一个笔记单元之后，再查它不查的三件事。"""
-    result = yield
+    """nbval 认可一个笔记单元之后，再查它不查的三件事；内核死了，说清死在哪一格。"""
     if not isinstance(item, IPyNbCell):
-        return result
+        return (yield)
+    book = item.parent
+    if getattr(book, "died_in", None):
+        item.raise_cell_error(f"没有运行：内核在第 {book.died_in[0]} 格已经结束（{book.died_in[1]}）。")
+    if book.kernel and not getattr(book.kernel, "watched", False):
+        watch(book.kernel)
+    try:
+        result = yield
+    except KernelDied as error:
+        book.died_in = (item.cell_num, error)
+        item.raise_cell_error(f"内核在这一格里结束了（{error}）。")
     if item.cell.execution_count is None:
         item.raise_cell_error("这一格没有执行过；请重新运行全部单元并保存。")
     for each in item.test_outputs:
@@ -78,7 +190,9 @@ def pytest_runtest_call(item: pytest.Item):
         new, old = figures(item.test_outputs), figures(item.cell.outputs)
         if len(new) != len(old):
             item.raise_cell_error(f"这一格画出 {len(new)} 张图，存着的是 {len(old)} 张；请重新运行并保存。")
-        for index, difference in enumerate(map(figure_difference, new, old)):
+        for index, (ours, stored) in enumerate(zip(new, old)):
+            difference = figure_difference(ours, stored)
+            item.user_properties.append((f"图 {index + 1} 的差异", f"{difference:.3g}"))
             if difference > 1:
                 item.raise_cell_error(f"第 {index + 1} 张图与存着的不同，差异是允许的 {difference:.1f} 倍。")
     return result

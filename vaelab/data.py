@@ -255,11 +255,11 @@ def _fit(images: Tensor, image_size: int, channels: int | None) -> Tensor:
     if images.shape[1:] == (channels, image_size, image_size):
         return images.contiguous()
     fitted = torch.empty(len(images), channels, image_size, image_size, dtype=torch.uint8)
-    grey_weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R BT.601，与 PIL 相同
+    grey_weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32).view(1, 3, 1, 1)  # ITU-R BT.601 乘 2¹⁶，与 PIL 相同
     for start in range(0, len(images), 1000):  # 分块，中间结果才不会有整份数据那么大
         chunk = images[start : start + 1000]
         if channels == 1 < chunk.shape[1]:
-            chunk = (chunk * grey_weights).sum(dim=1, keepdim=True).round_().to(torch.uint8)
+            chunk = ((chunk * grey_weights).sum(dim=1, keepdim=True) + 2**15 >> 16).to(torch.uint8)
         if chunk.shape[2:] != (image_size, image_size):  # uint8 直接缩放是整数运算，各机器结果相同
             chunk = F.interpolate(chunk, (image_size, image_size), mode="bilinear", antialias=True)
         fitted[start : start + 1000] = chunk.expand(-1, channels, -1, -1)
@@ -338,7 +338,7 @@ def draw_faces(factors: Tensor, image_size: int = 64) -> Tensor:
     """按因子画卡通人脸：``[N, 12]``，每个因子在 [0, 1] → uint8 ``[N, 3, image_size, image_size]``。
 
     形状是到边界的有符号距离，由距离得到覆盖率（抗锯齿），再由远及近一层层叠上去。
-    只用加减乘除、开方与比较，它们在 IEEE 754 下处处给出同样的位，所以同样的因子在任何机器上画出同样的字节。
+    只用加减乘除、比较与 :func:`_root`，它们处处给出同样的位，所以同样的因子在任何机器上画出同样的字节。
 
     Args:
         factors: 列的含义依次见 :data:`FACE_FACTORS`；0.5 是居中的取值。
@@ -380,9 +380,9 @@ def _draw_chunk(factors: Tensor, size: int) -> Tensor:
 
     def ellipse(cx, cy, rx, ry, where: slice = slice(None)) -> Tensor:
         u, v = (x - cx) / rx, (y[:, where] - cy) / ry
-        norm = (u * u + v * v).sqrt()
+        norm = _root(u * u + v * v)
         u, v = u / rx, v / ry
-        return norm * (norm - 1) / ((u * u + v * v).sqrt() + 1e-6)
+        return norm * (norm - 1) / (_root(u * u + v * v) + 1e-6)
 
     light, dark = torch.tensor([1.0, 0.86, 0.74]).reshape(1, 3, 1, 1), torch.tensor([0.47, 0.29, 0.19]).reshape(1, 3, 1, 1)
     skin_color = dark + skin.unsqueeze(1) * (light - dark)
@@ -395,7 +395,7 @@ def _draw_chunk(factors: Tensor, size: int) -> Tensor:
     bottom = 0.1 + length * 0.75
     box_x, box_y = (x + turn * 0.3).abs() - (rx + 0.1), (y - (bottom - 0.2) / 2).abs() - (bottom + 0.2) / 2
     corner_x, corner_y = (box_x + 0.2).clamp(min=0), (box_y + 0.2).clamp(min=0)
-    box = (corner_x * corner_x + corner_y * corner_y).sqrt() - 0.2
+    box = _root(corner_x * corner_x + corner_y * corner_y) - 0.2
     paint(torch.minimum(ellipse(-turn * 0.3, cy - 0.1, rx + 0.12, ry + 0.08), box), hair_color * 0.8)
     # 衣服、脖子、耳朵、头
     paint(ellipse(0.0, 1.16, 0.78, 0.46, rows(0.6, 1)), (0.24, 0.33, 0.48), rows(0.6, 1))
@@ -423,7 +423,7 @@ def _draw_chunk(factors: Tensor, size: int) -> Tensor:
         paint(torch.maximum(ellipse(pupil_x, eye_y, eye_ry * 0.68, eye_ry * 0.68, band), white), (0.1, 0.09, 0.12), band)
         lift = (brow - 0.5) * 0.9 * side
         arc = (x - cx) * lift - 0.09 - eye_ry + (x - cx) * (x - cx) * 1.5
-        paint(torch.maximum((y[:, band] - eye_y - arc).abs() / (lift * lift + 1).sqrt() - 0.032, (x - cx).abs() - 0.12), hair_color * 0.55, band)
+        paint(torch.maximum((y[:, band] - eye_y - arc).abs() / _root(lift * lift + 1) - 0.032, (x - cx).abs() - 0.12), hair_color * 0.55, band)
     # 鼻子、腮红、嘴
     low = rows(0.02, 0.55)
     paint(ellipse(turn * 1.25, 0.19, 0.05, 0.065, low), shade, low)
@@ -433,9 +433,20 @@ def _draw_chunk(factors: Tensor, size: int) -> Tensor:
     bend = (curve - 0.35) * half * 1.5
     t = (x - turn) / half
     slope = bend * 2 * t / half
-    mouth_line = (y[:, low] - 0.365 - bend * (0.5 - t * t)).abs() / (slope * slope + 1).sqrt() - 0.034
+    mouth_line = (y[:, low] - 0.365 - bend * (0.5 - t * t)).abs() / _root(slope * slope + 1) - 0.034
     paint(torch.maximum(mouth_line, (x - turn).abs() - half), (0.66, 0.18, 0.2), low)
     return (canvas.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+
+
+def _root(x: Tensor) -> Tensor:
+    """float32 的平方根，舍入正确，与机器无关。
+
+    IEEE 754 规定开方要舍入正确，库却未必照办：AMD 的 CPU 上，float32 的 ``torch.sqrt`` 有五分之一错在末位，
+    float64 的也有错。先在 float64 里开方就不怕了：设 √x 在 [1, 2) 里，m 是两个相邻 float32 的中点，则 m = M·2⁻²⁴，
+    M 是奇数，m² 是 2⁻⁴⁸ 的奇数倍，x 是偶数倍，至少差 2⁻⁴⁸；于是 √x 离 m 至少 2⁻⁵⁰，是 float64 末位的四倍。
+    所以 float64 里错一两个末位，舍入到 float32 的结果也不变。
+    """
+    return x.double().sqrt().float()
 
 
 def _hue(h: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from vaelab import provenance
+
 # 色盲也能分辨的配色（Okabe & Ito 2008）
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
@@ -18,7 +20,10 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK = (
 
 
 def use_chinese_font() -> None:
-    """让 matplotlib 写得出中文：Noto Sans SC（随 zhplot 安装，OFL 许可）排在字体表最前；缺字从此是错误。"""
+    """让 matplotlib 写得出中文：Noto Sans SC（随 zhplot 安装，OFL 许可）排在字体表最前；缺字从此是错误。
+
+    在 Jupyter 里，图从此还带着来历，见 :mod:`vaelab.provenance`。
+    """
     import zhplot  # noqa: F401  导入时登记字体
 
     plt.rcParams.update(
@@ -33,6 +38,7 @@ def use_chinese_font() -> None:
         }
     )
     warnings.filterwarnings("error", message=r"Glyph .* missing from")
+    provenance.install()
 
 
 def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:

@@ -27,6 +27,7 @@ CELL = '''\
 # 准备：找到课程，让下面的 import 可用。在 Colab 上还会取来课程、补装中文字体；在别处什么也不改动。
 import importlib.util, os, pathlib, subprocess, sys, zipfile
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # 别的程序在忙时，torch 的线程少空转
 ADDRESS = ""  # 课程的 git 地址
 here, on_colab = pathlib.Path.cwd(), "google.colab" in sys.modules
 

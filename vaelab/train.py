@@ -225,7 +225,7 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """uint8 ``[B, C, H, W]`` 与标准正态噪声 ``[B, L]`` → 零维张量的字典，键见 ``LOSSES``；只有 ``loss`` 带梯度。"""
-        x = to_float(images).contiguous(memory_format=torch.channels_last)
+        x = to_float(images).contiguous(memory_format=memory_layout(images.device))
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None):
             mu, log_var = self.model.encode(x)
             z = mu + torch.exp(0.5 * log_var) * eps  # 即 model.reparameterize
@@ -247,8 +247,16 @@ def prepare(model: VanillaVAE, config: TrainConfig, device: torch.device) -> tor
     """把模型搬到 ``device``，排成训练最快的样子，并配好优化器。"""
     if device.type == "cpu":
         keep_freed_memory()
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device, memory_format=memory_layout(device)).train()
     return make_optimizer(model, config.lr)
+
+
+def memory_layout(device: torch.device) -> torch.memory_format:
+    """卷积更快的内存排列：channels_last；MPS 上用通常的排列。
+
+    MPS 的批归一化收到 channels_last 时，梯度会悄悄算错或直接崩溃（pytorch/pytorch#175189）。
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def train_step(

@@ -1,0 +1,71 @@
+"""在全新的内核里运行笔记，把输出存回去：``python tools/execute.py [笔记 …]``，不写就是全部。
+
+存下的文件只有 kernelspec 与 language_info 两样元数据，没有版本号；出错、往 stderr 写字的笔记不存，说出是哪一格。
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # 没有安装课程时也找得到 vaelab
+
+from vaelab.stamp import notebooks  # noqa: E402
+
+
+def execute(path: Path) -> list[str]:
+    """运行一本笔记并存好；返回不能存的原因，没有就是空的。"""
+    book = nbformat.read(path, 4)
+    for each in book.cells:
+        if each.cell_type == "code":
+            each.outputs, each.execution_count = [], None
+            each.metadata.pop("execution", None)
+    client = NotebookClient(book, timeout=600, kernel_name="python3", record_timing=False, resources={"metadata": {"path": path.parent}})
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        return [f"运行时出错：{error}"]
+    noisy = [index for index, each in enumerate(book.cells) for output in each.get("outputs", []) if output.get("name") == "stderr"]
+    if noisy:
+        return [f"第 {index} 格往 stderr 写了：{''.join(o['text'] for o in book.cells[index].outputs if o.get('name') == 'stderr')}" for index in noisy]
+    for each in book.cells:
+        if each.cell_type == "code":
+            each.outputs = joined(each.outputs)
+    language = {key: book.metadata.language_info[key] for key in ("file_extension", "mimetype", "name", "pygments_lexer")}
+    book.metadata = {"kernelspec": book.metadata.kernelspec, "language_info": language}
+    text = nbformat.writes(book, version=nbformat.NO_CONVERT)
+    path.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8", newline="\n")
+    return []
+
+
+def joined(outputs: list) -> list:
+    """相连的几段 stdout 并成一段：内核分几次送出，看当时的忙闲。"""
+    result: list = []
+    for output in outputs:
+        if result and output.output_type == result[-1].output_type == "stream" and output.name == result[-1].name:
+            result[-1].text += output.text
+        else:
+            result.append(output)
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    failed = False
+    for path in [Path(each).resolve() for each in arguments] or notebooks(ROOT):
+        started = time.perf_counter()
+        reasons = execute(path)
+        failed |= bool(reasons)
+        print(f"{'✗' if reasons else '✓'} {path.relative_to(ROOT)}　{time.perf_counter() - started:.0f} 秒", *reasons, sep="\n  " if reasons else "", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # 与测试相同，见 conftest.py
+    raise SystemExit(main(sys.argv[1:]))
