@@ -19,11 +19,11 @@ from queue import Empty
 # 空转的 OpenMP 线程会与别的程序抢 CPU。须在 import torch 之前；笔记的内核与测试起的子进程都继承它。
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from PIL import Image, ImageSequence  # noqa: E402
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
 
-from vaelab import provenance  # noqa: E402
+from vaelab import provenance
 
 try:
     from nbval.plugin import IPyNbCell
@@ -48,16 +48,16 @@ def figure_difference(new: bytes, old: bytes) -> float:
     return max(_pixel_difference(new, old), _content_difference(ours, stored, _same))
 
 
-def _content_difference(new: dict, old: dict, measure: Callable[[np.ndarray, np.ndarray], float]) -> float:
+def _content_difference(new: dict, old: dict, measure: Callable[[str, np.ndarray, np.ndarray], float]) -> float:
     """两张图里的文字与各串数差多少；文字不同、曲线的条数或各条的点数不同是无穷大。"""
     shapes = [[(name, len(values)) for name, values in each["series"]] for each in (new, old)]
     if new["words"] != old["words"] or shapes[0] != shapes[1]:
         return math.inf
-    pairs = [(np.array(a), np.array(b)) for (_, a), (_, b) in zip(new["series"], old["series"])]
-    return max((measure(a, b) for a, b in pairs if len(a)), default=0.0)
+    pairs = [(name, np.array(a), np.array(b)) for (name, a), (_, b) in zip(new["series"], old["series"])]
+    return max((measure(*pair) for pair in pairs if len(pair[1])), default=0.0)
 
 
-def _same(new: np.ndarray, old: np.ndarray) -> float:
+def _same(name: str, new: np.ndarray, old: np.ndarray) -> float:
     """公式画出的一串数：平均相差不到范围的百分之一。"""
     return float(np.abs(new - old).mean() / _size(old)) / 0.01
 
@@ -72,11 +72,19 @@ def _trained_difference(new: dict, old: dict) -> float:
     return math.inf if new["code"] != old["code"] else _content_difference(new, old, _alike)
 
 
-def _alike(new: np.ndarray, old: np.ndarray) -> float:
-    """走向：平均相差不到范围的四分之一；大小：范围与最大的绝对值，都在 1.6 倍以内。范围不到大小的一成，就只看大小。"""
-    largest = [float(np.abs(values).max()) + 1e-12 for values in (new, old)]
-    spread = [float(np.ptp(values)) + 1e-12 for values in (new, old)]
+def _alike(name: str, new: np.ndarray, old: np.ndarray) -> float:
+    """训练得来的一串数。
+
+    走向：平均相差不到范围的四分之一；大小：范围与最大的绝对值，都在 1.6 倍以内。范围不到大小的一成，就只看大小。
+    位图的各块亮度在 0 与 1 之间，相差不到 0.25；特征图的色标，三倍以内。
+    """
+    if name.endswith(" 图"):
+        return float(np.abs(new - old).mean()) / 0.25
+    largest = [float(np.abs(values).max()) + 1e-6 for values in (new, old)]
     scale = abs(math.log(largest[0] / largest[1]))
+    if name.endswith("色标"):
+        return scale / math.log(3)
+    spread = [float(np.ptp(values)) + 1e-6 for values in (new, old)]
     if max(spread) < 0.1 * max(largest):
         return scale / math.log(1.6)
     scale = max(scale, abs(math.log(spread[0] / spread[1])))

@@ -1,7 +1,6 @@
 """笔记里的图怎样比较：由公式画出的处处一样，训练过的模型的图在另一种机器上由另一种标准来比；以及 nbval 看不见的其余几样。"""
 
 import io
-import math
 import os
 import re
 import runpy

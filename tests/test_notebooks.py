@@ -4,29 +4,22 @@
 """
 
 import ast
+import base64
 import inspect
 import io
 import json
-import os
 import re
-import runpy
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import nbformat
-import numpy as np
 import pytest
-import torch
-from nbclient import NotebookClient
+from matplotlib.figure import Figure
 
 import vanilla_vae
-from vaelab import check, data, evaluate, plot, train
+from vaelab import check, data, evaluate, provenance, train
 from vaelab.stamp import MARK, ROOT, cell, changes, current_address, notebooks
 
 CHINESE = r"[\u4e00-\u9fff]"
@@ -138,6 +131,14 @@ def nothing_of_this_machine(lesson: Lesson) -> Iterator[str]:
         for pattern, what in ((TIMING, "时间"), (r"\b0x[0-9a-fA-F]{6,}", "内存地址")):
             if found := re.search(pattern, shown(code_cell)):
                 yield f"要比较的输出里有{what}：{found[0]!r}（{code_cell.source[:60]!r}）"
+
+
+def figures_say_where_they_come_from(lesson: Lesson) -> Iterator[str]:
+    for code_cell in lesson.cells("code"):
+        for each in code_cell.outputs:
+            picture = base64.b64decode(each.get("data", {}).get("image/png", ""))
+            if b"Software\0Matplotlib" in picture and provenance.read(picture) is None:
+                yield f"matplotlib 画的图没有带来历；请用 tools/execute.py 重新运行：{code_cell.source[:60]!r}"
 
 
 def few_unchecked_cells(lesson: Lesson) -> Iterator[str]:
@@ -291,7 +292,7 @@ def chinese_is_tidy(lesson: Lesson) -> Iterator[str]:
 
 
 RULES: list[Callable[[Lesson], Iterator[str]]] = [
-    format_is_valid, executed_in_order, no_stray_output, nothing_of_this_machine, few_unchecked_cells,
+    format_is_valid, executed_in_order, no_stray_output, nothing_of_this_machine, figures_say_where_they_come_from, few_unchecked_cells,
     starts_with_the_common_cell, formulas_are_verified, referenced_formulas_exist, shown_source_is_real,
     exercises_are_judged, sections_in_order, math_is_portable, links_and_pictures_work, chinese_is_tidy,
 ]  # fmt: skip
@@ -358,6 +359,12 @@ def complaints_of(lesson: Lesson) -> set[str]:
     return {rule.__name__ for rule in RULES if any(True for _ in rule(lesson))}
 
 
+def test_a_figure_with_its_label_is_fine():
+    lesson = sample()
+    add(output=picture(labelled=True))(lesson)
+    assert not complaints_of(lesson)
+
+
 @pytest.mark.parametrize("solution", [False, True])
 def test_the_sample_keeps_every_rule(solution):
     assert not complaints_of(sample(solution))
@@ -399,6 +406,14 @@ def display(kind: str) -> nbformat.NotebookNode:
     return nbformat.v4.new_output("display_data", data={kind: "x"})
 
 
+def picture(labelled: bool) -> nbformat.NotebookNode:
+    """matplotlib 画的一张图。"""
+    file = io.BytesIO()
+    Figure(figsize=(1, 1)).savefig(file, format="png")
+    png = provenance.write(file.getvalue(), {}) if labelled else file.getvalue()
+    return nbformat.v4.new_output("display_data", data={"image/png": base64.b64encode(png).decode()})
+
+
 ERROR = nbformat.v4.new_output("error", ename="ValueError", evalue="x", traceback=["x"])
 
 DEFECTS = {
@@ -421,6 +436,7 @@ DEFECTS = {
     "用时": (nothing_of_this_machine, add(output=stream("1.23 ms ± 4 µs per loop"))),
     "秒": (nothing_of_this_machine, add(output=stream("训练用了 31 秒"))),
     "进度条": (nothing_of_this_machine, add(output=stream("100%|██████| 10/10 [00:01<00:00, 9.9it/s]"))),
+    "图没有来历": (figures_say_where_they_come_from, add(output=picture(labelled=False))),
     "不比较的太多": (few_unchecked_cells, lambda lesson: [add("assert x", tags=["nbval-skip"])(lesson) for _ in range(3)]),
     "不比较又没有 assert": (few_unchecked_cells, edit("assert loss < 1; loss", "loss")),
     "没有准备单元": (starts_with_the_common_cell, edit(MARK, "# 别的")),

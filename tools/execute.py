@@ -32,6 +32,14 @@ def execute(path: Path) -> list[str]:
         client.execute()
     except CellExecutionError as error:
         return [f"运行时出错：{error}"]
+    failed = [
+        index
+        for index, each in enumerate(book.cells)
+        for output in each.get("outputs", [])
+        if output.output_type == "error" and "raises-exception" not in each.metadata.get("tags", [])
+    ]
+    if failed:  # 显示结果时出的错，不会让这一格停下
+        return [f"第 {index} 格显示时出错" for index in failed]
     noisy = [index for index, each in enumerate(book.cells) for output in each.get("outputs", []) if output.get("name") == "stderr"]
     if noisy:
         return [f"第 {index} 格往 stderr 写了：{''.join(o['text'] for o in book.cells[index].outputs if o.get('name') == 'stderr')}" for index in noisy]

@@ -1,6 +1,6 @@
 """在各种机器上运行笔记，打印一张表：``python tools/matrix.py [--settings …] [--chapters …] [--versions]``。
 
-一行是一种机器，一列是一本笔记；格子里是 ✓，或没有通过的单元。机器是造出来的（``tools/other_machine.py``、环境变量），
+一行是一种机器，一列是一本笔记；格子里是 ✓，或没有通过的单元的个数，原因写在标准错误里。机器是造出来的（``tools/other_machine.py``、环境变量），
 ``--versions`` 另外装上最低与最新的依赖各跑一遍，要几分钟来安装。每一格都是一次严格的 ``pytest --nbval``。
 """
 
@@ -91,17 +91,18 @@ def main(arguments: list[str]) -> int:
     chosen = {**{key: {**SETTINGS, **VERSIONS}[key] for key in options.settings}, **(VERSIONS if options.versions else {})}
     print("| 机器 | " + " | ".join(f"{'解 ' if path.parent.name == 'solutions' else ''}{path.name[:2]}" for path in paths) + " | 秒 |", flush=True)
     print("|---" * (len(paths) + 2) + "|", flush=True)
-    trouble = []
+    failed, trouble = False, []
     for setting in chosen.values():
         started, row = time.perf_counter(), []
         results = run(setting, paths)
         for path in paths:
-            failed, seconds = results.get(path.relative_to(ROOT).with_suffix("").as_posix(), (["没有运行"], 0.0))
-            row.append(f"{'✓' if not failed else '✗ ' + str(len(failed))} {seconds:.0f}s")
-            trouble += [f"{setting.name}，{path.name}：{each}" for each in failed]
+            wrong, seconds = results.get(path.relative_to(ROOT).with_suffix("").as_posix(), (["没有运行"], 0.0))
+            row.append(f"{'✓' if not wrong else '✗ ' + str(len(wrong))} {seconds:.0f}s")
+            trouble += [f"{setting.name}，{path.name}：{each}" for each in wrong]
         print(f"| {setting.name} | " + " | ".join(row) + f" | {time.perf_counter() - started:.0f} |", flush=True)
-    print(*trouble, sep="\n\n" if trouble else "", flush=True)
-    return int(bool(trouble))
+        print("\n\n".join(trouble), file=sys.stderr, flush=True)
+        failed, trouble = failed or bool(trouble), []
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,163 @@
+"""造出来的别的机器（tools/other_machine.py）：函数的值错在末位、初值错在末位、假的 T4。字节、结论、要比较的文字都不变。"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+sys.path.insert(0, str(ROOT / "tools"))
+import other_machine  # noqa: E402
+
+from vaelab.data import _fit, _root  # noqa: E402
+
+BYTES = """
+import hashlib, sys, torch
+sys.path.insert(0, sys.argv[2])
+import other_machine
+if sys.argv[1]: other_machine.install(sys.argv[1])
+from vaelab.data import load, _fit
+digest = lambda *parts: hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()[:16]
+faces = load("faces", count=40, seed=3)
+pictures = torch.randint(0, 256, (60, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+print(digest(faces.train, faces.test), digest(*(_fit(pictures, size, channels) for size in (16, 32, 64) for channels in (1, 3))))
+"""
+FINGERPRINTS = "a37b7d851e2e50a6 f0e52c1af56a6d46"
+
+
+@pytest.mark.parametrize(
+    ("kind", "environment"),
+    [
+        ("", {"OMP_NUM_THREADS": "1"}),
+        ("", {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "3"}),
+        ("", {"ATEN_CPU_CAPABILITY": "avx2"}),
+        ("one-ulp", {}),
+    ],
+    ids=["一个线程", "没有 AVX，三个线程", "AVX2", "函数的值错在末位"],
+)
+def test_same_bytes_on_every_machine(kind, environment):
+    """脸与缩放过的图，有固定的指纹。"""
+    command = [sys.executable, "-c", BYTES, kind, str(ROOT / "tools")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True)
+    assert done.stdout.strip() == FINGERPRINTS, done.stderr
+
+
+def test_the_root_is_the_correctly_rounded_one_even_if_the_library_errs():
+    """与整数运算比：r 是 √x 的正确舍入，当且仅当 x 在 r 与两边中点的平方之间。库错一个末位，结果不变。"""
+    x = torch.cat([torch.rand(200_000), torch.arange(300.0) ** 2, torch.rand(1000) * 1e-30, torch.zeros(1)])
+    root = _root(x)
+    with other_machine.OneUlp():
+        assert torch.equal(_root(x), root)
+        assert not torch.equal(x.double().sqrt(), root.double())
+    near = [torch.nextafter(root, torch.tensor(way)).double() for way in (-1.0, torch.inf)]
+    low, high = ((root.double() + each) / 2 for each in near)  # 25 位，平方 50 位，float64 里都是精确的
+    assert bool(((low**2 <= x.double()) & (x.double() <= high**2))[:-1].all()) and root[-1] == 0
+
+
+def test_grey_is_what_pillow_gives():
+    from PIL import Image
+
+    pictures = torch.randint(0, 256, (50, 3, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    for ours, picture in zip(_fit(pictures, 9, 1), pictures):
+        assert ours[0].numpy().tobytes() == Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("L").tobytes()
+
+
+def test_the_made_up_rounding_errs_where_it_may_and_nowhere_else():
+    x, weight = torch.rand(1000, dtype=torch.float64) + 1, torch.rand(30, 30)
+    pinned = (lambda: x * 3 - x / 7, lambda: x.clamp(1.2, 1.5).abs().max(), lambda: torch.rand(9, generator=torch.Generator().manual_seed(0)))
+    exact = (lambda: torch.arange(100.0).sum(), lambda: (torch.arange(40.0) ** 2).sqrt(), lambda: torch.ones(3, 9) @ torch.ones(9, 3))
+    loose = (x.sqrt, x.exp, x.log, lambda: x.sum(), lambda: weight @ weight, x.std, lambda: nn.functional.batch_norm(weight, None, None, training=True))
+    for work in (*pinned, *exact, *loose):
+        before = work()
+        with other_machine.OneUlp():
+            after, again = work(), work()
+        assert torch.equal(after, again)
+        moved = after != before
+        if work not in loose:
+            assert not moved.any()
+            continue
+        assert moved.double().mean() >= 0.15
+        assert torch.equal(torch.nextafter(before, after)[moved], after[moved])  # 正好是相邻的数
+
+
+def test_noisy_weights_are_neighbours():
+    script = (
+        "import torch, other_machine as o; make = lambda: (torch.manual_seed(0), torch.nn.Conv2d(3, 8, 3))[1].weight.detach();"
+        "a = make(); o.install('noisy-weights'); b = make(); m = a != b;"
+        "assert 0.15 < m.float().mean() < 0.25 and torch.equal(torch.nextafter(a, b)[m], b[m])"
+    )
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT / "tools")}, check=True)
+
+
+ON_A_FAKE_GPU = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[2])
+import other_machine
+if sys.argv[1]: other_machine.install(sys.argv[1])
+from vaelab import train as T
+from vaelab.data import load
+from vanilla_vae import VanillaVAE
+data, rows = load("faces", image_size=16, count=200), {}
+for precision in ("auto", "fp32", "fp16", "bf16"):
+    torch.manual_seed(0)
+    try:
+        history = T.train(VanillaVAE(3, 4, [8, 16], 16), data, T.TrainConfig(epochs=2, batch_size=20, precision=precision), compile="off", progress=False)
+        rows[precision] = history[-1]["mse"]
+    except ValueError as error:
+        rows[precision] = str(error)
+plan = T.make_plan(data, T.TrainConfig(), compile="off")
+print(json.dumps([rows, plan.device.type, plan.precision, plan.resident, plan.why()]))
+"""
+
+
+def trained_on(kind: str) -> list:
+    command = [sys.executable, "-c", ON_A_FAKE_GPU, kind, str(ROOT / "tools")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_training_takes_the_path_of_the_card_it_finds():
+    """T4 没有 bf16：自动选 fp16，指名 bf16 是一句话；H100 自动选 bf16。fp32 的数与没有 GPU 时相同。"""
+    t4, h100, cpu = (trained_on(kind) for kind in ("t4", "h100", ""))
+    assert t4[1:4] == ["cuda", "fp16", True] and "Tesla T4" in t4[4] and "没有 bf16" in t4[4]
+    assert h100[1:4] == ["cuda", "bf16", True] and cpu[1] == "cpu"
+    assert t4[0]["bf16"] == "bf16 应有硬件支持，Tesla T4 没有；请改用 --precision fp16、fp32 或 auto。"
+    assert t4[0]["fp32"] == pytest.approx(cpu[0]["fp32"], rel=1e-3)
+    for rows in (t4[0], h100[0]):
+        assert all(value == pytest.approx(rows["fp32"], rel=0.1) for value in rows.values() if not isinstance(value, str))
+
+
+def test_mps_keeps_the_usual_layout():
+    """MPS 上，批归一化收到 channels_last 会算错梯度；这里没有 MPS，看的是选哪种排列。"""
+    from vaelab import train as T
+    from vanilla_vae import VanillaVAE
+
+    assert T.memory_layout(torch.device("mps")) is torch.contiguous_format
+    assert T.memory_layout(torch.device("cuda")) is T.memory_layout(torch.device("cpu")) is torch.channels_last
+    seen, usual = [], T.memory_layout
+    for device, expected in (("cpu", True), ("mps", False)):
+        model = VanillaVAE(3, 4, [8, 16], 16)
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.register_forward_pre_hook(lambda _, inputs: seen.append(not inputs[0].is_contiguous()))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(T, "memory_layout", lambda _, device=device: usual(torch.device(device)))
+            T.prepare(model, T.TrainConfig(), torch.device("cpu"))
+            T.Objective(model, 1e-3)(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.zeros(4, 4))
+        assert len(seen) == 4 and set(seen) == {expected}
+        seen.clear()
+
+
+@pytest.mark.parametrize("kind", ["one-ulp"])
+def test_compared_text_and_verdicts_do_not_rest_on_the_last_digit(kind, tmp_path):
+    """推导最多的两章，连同解答，在函数的值错在末位的机器上，严格地通过；全部的笔记见 tools/matrix.py。"""
+    environment = {**os.environ, **other_machine.kernel_environment(kind, tmp_path), "OMP_NUM_THREADS": "1"}
+    books = [f"notebooks/{folder}{name}.ipynb" for name in ("05_kl_divergence",) for folder in ("", "solutions/")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *books]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout[-4000:]
