@@ -31,7 +31,7 @@ PINNED = {
     "ones", "ones_like", "permute", "pin_memory", "rand", "rand_like", "randint", "random", "randperm", "reciprocal", "relu",
     "remainder", "repeat", "reshape", "resize", "roll", "round", "rsub", "scalar_tensor", "scatter", "select", "select_backward",
     "set", "sgn", "sign", "slice", "slice_backward", "sort", "split", "split_with_sizes", "squeeze", "stack", "sub", "t", "threshold",
-    "threshold_backward", "to", "topk", "transpose", "tril", "tril_indices", "triu", "trunc", "unbind", "unfold", "unfold_backward",
+    "threshold_backward", "to", "to_copy", "reshape_alias", "topk", "transpose", "tril", "tril_indices", "triu", "trunc", "unbind", "unfold", "unfold_backward",
     "uniform", "unique", "unsqueeze", "unsafe_view", "view", "view_as_complex", "view_as_real", "where", "zero", "zeros", "zeros_like",
 }  # fmt: skip
 STRIDE = 5  # 每五个数里错一个，与量到的 AMD 上 float32 的 sqrt 相同
@@ -111,6 +111,8 @@ class _OnCpu(torch.overrides.TorchFunctionMode):
             return args[0]
         if name == "is_pinned":
             return False
+        if function is torch.device:  # 名字照旧，只有张量留在 CPU 上
+            return function(*args, **(kwargs or {}))
         return function(*map(on_cpu, args), **{key: on_cpu(value) for key, value in (kwargs or {}).items()})
 
 

@@ -271,7 +271,8 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)  # 先于前向：CUDA 图重放时，上一步的梯度所在的内存要拿来再用
-    images = images.to(eps.device, non_blocking=eps.device.type == "cuda")  # 只有 CUDA 等得到锁页内存抄完；MPS 上会读到已放掉的内存
+    # MPS 上 non_blocking 会读到已经放掉的内存，数悄悄就错了（pytorch/pytorch#189690），所以只在 CUDA 上用
+    images = images.to(eps.device, non_blocking=eps.device.type == "cuda")
     losses = objective(images, eps)
     scaler.scale(losses["loss"]).backward()  # 只有 fp16 真的缩放，免得小的梯度下溢成 0
     scaler.step(optimizer)
