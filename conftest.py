@@ -20,6 +20,7 @@ from queue import Empty
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image, ImageSequence
 
@@ -139,6 +140,29 @@ def _outside(image: np.ndarray, other: np.ndarray, shift: int) -> np.ndarray:
 def figures(outputs: list) -> list[bytes]:
     """单元的各个输出里的图。"""
     return [base64.b64decode(each["data"]["image/png"]) for each in outputs if "image/png" in each.get("data", {})]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item):
+    """别的程序占着 CPU 时，内核少用几个线程。
+
+    两个线程要等齐才能往下走，各被抢走一半时间，训练会慢四五倍；只用空着的核，慢不到两倍。已经指定了线程数的，照旧。
+    """
+    starting = isinstance(item, IPyNbCell) and item.parent.kernel is None and "OMP_NUM_THREADS" not in os.environ
+    if starting and (threads := free_threads()):
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        return (yield)
+    finally:
+        if starting:
+            os.environ.pop("OMP_NUM_THREADS", None)
+
+
+def free_threads(interval: float = 0.3) -> int | None:
+    """别的程序占着半个核以上时，还剩几个核（至少 1）；都闲着则是 None，不必改。"""
+    cores = os.cpu_count() or 1
+    taken = psutil.cpu_percent(interval) / 100 * cores
+    return max(1, round(cores - taken)) if taken > 0.5 else None
 
 
 class KernelDied(Exception):

@@ -304,3 +304,12 @@ def test_strict_nbval_sees_pictures_warnings_unexecuted_cells_and_a_dead_kernel(
     assert passed == {index for index, (_, _, good) in enumerate(CASES) if good}, done.stdout
     if os.name == "posix":
         assert "内核在这一格里结束了（信号 SIGKILL" in done.stdout and "内核在第 15 格已经结束" in done.stdout
+
+
+def test_a_busy_machine_leaves_its_cores_alone(monkeypatch):
+    """四个核的机器，别的程序占着零到四个核时，内核用几个线程。"""
+    free_threads = runpy.run_path(str(ROOT / "conftest.py"))["free_threads"]
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for taken, expected in ((0.0, None), (0.4, None), (1.0, 3), (2.0, 2), (3.0, 1), (4.0, 1)):
+        monkeypatch.setattr("psutil.cpu_percent", lambda interval, taken=taken: 100 * taken / 4)
+        assert free_threads(0) == expected

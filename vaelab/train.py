@@ -930,6 +930,9 @@ def join(device: str = "auto", timeout: float = 300.0) -> Iterator[World]:
         dist.barrier()  # 等大家都做完再散，先走的不至于让还在通信的断线
     finally:
         dist.destroy_process_group()
+        # DDP 用过的 gloo，散开之后线程还在：手里最后一件活要拿到 GIL 才放得下。解释器恰在此时退出，进程会中止（SIGABRT）；
+        # 等一下，让它放下。
+        time.sleep(0.2)
 
 
 class _SumOverProcesses(torch.autograd.Function):
