@@ -34,6 +34,7 @@ except ImportError:  # 只跑 tests/ 用不着 nbval
 # 允许挪动的像素数，与允许的差异。同一版 matplotlib 画的图几乎逐字节相同，只容许另一种 freetype 的抗锯齿；
 # 换一版 matplotlib，图例与坐标轴会挪动好几个像素（实测 3.9 与 3.11 画同一批图，差异不到 0.3），只认得出大的变化。
 SAME_VERSION, OTHER_VERSION = (3, 0.1), (8, 0.45)
+BITMAP = ("亮度", "纹理", "色标")  # 来历里说位图的几串数，见 provenance.content
 
 
 def figure_difference(new: bytes, old: bytes) -> float:
@@ -54,11 +55,15 @@ def _content_difference(new: dict, old: dict, measure: Callable[[str, np.ndarray
     shapes = [[(name, len(values)) for name, values in each["series"]] for each in (new, old)]
     if new["words"] != old["words"] or shapes[0] != shapes[1]:
         return math.inf
-    pairs = [(name, np.array(a), np.array(b)) for (name, a), (_, b) in zip(new["series"], old["series"])]
-    return max((measure(*pair) for pair in pairs if len(pair[1])), default=0.0)
+    found: dict[str, list[float]] = {}  # 位图按种类合起来取平均：几十张特征图里，总有几张在别处不同；其余各算各的
+    for (name, a), (_, b) in zip(new["series"], old["series"]):
+        if a:
+            kind = name.split(" ", 1)[1]
+            found.setdefault(kind if kind in BITMAP else name + str(len(found)), []).append(measure(kind, np.array(a), np.array(b)))
+    return max((float(np.mean(values)) for values in found.values()), default=0.0)
 
 
-def _same(name: str, new: np.ndarray, old: np.ndarray) -> float:
+def _same(kind: str, new: np.ndarray, old: np.ndarray) -> float:
     """公式画出的一串数：平均相差不到范围的百分之一。"""
     return float(np.abs(new - old).mean() / _size(old)) / 0.01
 
@@ -73,17 +78,19 @@ def _trained_difference(new: dict, old: dict) -> float:
     return math.inf if new["code"] != old["code"] else _content_difference(new, old, _alike)
 
 
-def _alike(name: str, new: np.ndarray, old: np.ndarray) -> float:
+def _alike(kind: str, new: np.ndarray, old: np.ndarray) -> float:
     """训练得来的一串数。
 
     走向：平均相差不到范围的四分之一；大小：范围与最大的绝对值，都在 1.6 倍以内。范围不到大小的一成，就只看大小。
-    位图的各块亮度在 0 与 1 之间，相差不到 0.25；特征图的色标，三倍以内。
+    位图的各块亮度在 0 与 1 之间，相差不到 0.25；纹理（相邻像素相差多少，0 与 1 之间）1.9 倍以内；特征图的色标，三倍以内。
     """
-    if name.endswith(" 图"):
+    if kind == "亮度":
         return float(np.abs(new - old).mean()) / 0.25
+    if kind == "纹理":
+        return float(np.abs(np.log((new + 0.005) / (old + 0.005))).max()) / math.log(1.9)
     largest = [float(np.abs(values).max()) + 1e-6 for values in (new, old)]
     scale = abs(math.log(largest[0] / largest[1]))
-    if name.endswith("色标"):
+    if kind == "色标":
         return scale / math.log(3)
     spread = [float(np.ptp(values)) + 1e-6 for values in (new, old)]
     if max(spread) < 0.1 * max(largest):

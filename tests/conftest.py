@@ -17,6 +17,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_in_children():
+    """测试起的进程也用一个线程：测试自己在旁边轮询，占着一个核。离开 tests/ 时恢复，笔记的内核不受影响。"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture
 def mnist_root() -> Path:
     """放着真实 MNIST 的文件夹，布局同 torchvision。"""

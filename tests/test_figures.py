@@ -193,11 +193,30 @@ def test_content_of_every_kind_of_plot():
         return content
 
     names = {name.split()[-1] for name, _ in drawn(1)["series"]}
-    assert {"横轴", "纵轴", "x", "y", "面", "图", "色标"} <= names and any(name.endswith("上") for name in names)
+    assert {"横轴", "纵轴", "x", "y", "面", "亮度", "纹理", "色标"} <= names and any(name.endswith("上") for name in names)
     assert alike(drawn(1.02), drawn(1)) < 1
     for number in range(5):
         one, two = ({**each, "series": [s for s in each["series"] if s[0].startswith(str(number))]} for each in (drawn(1), drawn(2)))
         assert alike(two, one) > 1, number
+
+
+def test_a_grid_of_faces_is_told_from_noise_blanks_and_negatives():
+    alike = runpy.run_path(str(ROOT / "conftest.py"))["_trained_difference"]
+    generator = torch.Generator().manual_seed(0)
+    faces, others = data.draw_faces(torch.rand(32, 12, generator=generator), 32).split(16)
+    noise = torch.randint(0, 256, faces.shape, dtype=torch.uint8, generator=generator)
+
+    def drawn(images: torch.Tensor) -> dict:
+        figure = plot.grid(images, 8)
+        content = {"code": "", **provenance.content(figure)}
+        matplotlib.pyplot.close(figure)
+        return content
+
+    blurred = torch.nn.functional.avg_pool2d(others.float(), 3, 1, 1).to(torch.uint8)
+    for fine in (others, blurred, (faces.float() * 0.9 + 10).to(torch.uint8)):  # 另一批脸、糊一点、暗一点
+        assert alike(drawn(fine), drawn(faces)) < 1
+    for wrong in (noise, torch.full_like(faces, 255), torch.zeros_like(faces), torch.full_like(faces, 128), (faces.float() + noise).div(2).to(torch.uint8)):
+        assert alike(drawn(wrong), drawn(faces)) > 1
 
 
 # —— 哪些图是训练出来的：由规则定，不列名单 ——
@@ -297,8 +316,7 @@ def test_strict_nbval_sees_pictures_warnings_unexecuted_cells_and_a_dead_kernel(
     book.cells[5].metadata["tags"] = ["nbval-ignore-output"]
     nbformat.write(book, tmp_path / "case.ipynb")
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", "-rA", "-p", "no:cacheprovider", "case.ipynb"]
-    other_threads = "1" if (os.cpu_count() or 1) > 1 else "2"
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": other_threads, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}  # 存的时候是 1
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8")
     passed = {int(number) for number in re.findall(r"^PASSED .*Cell (\d+)", done.stdout, re.MULTILINE)}
     assert passed == {index for index, (_, _, good) in enumerate(CASES) if good}, done.stdout

@@ -32,6 +32,7 @@ import torch
 from matplotlib.artist import Artist
 from matplotlib.collections import Collection
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -270,11 +271,12 @@ def _words(text: str) -> str:
     return re.sub(r"[-−+]?\d[\d.,]*(e[-+]?\d+)?%?|nan|inf", "#", text)
 
 
-def _thumbnail(image: object) -> list[float]:
-    """一幅位图缩成至多 4×4 块的亮度（0–1），按它显示出来的颜色。"""
-    rgba = np.asarray(image.make_image(None, unsampled=True)[0], dtype=float)[..., :3].mean(axis=2) / 255
-    blocks = [part for row in np.array_split(rgba, min(4, rgba.shape[0])) for part in np.array_split(row, min(4, row.shape[1]), axis=1)]
-    return [float(f"{block.mean():.3g}") for block in blocks]
+def _bitmap(image: AxesImage) -> tuple[list[float], list[float]]:
+    """一幅位图，按它显示出来的颜色：缩成至多 4×4 块的亮度（0–1）；以及横、竖两个方向相邻像素的平均相差（噪声远比图像大）。"""
+    grey = np.asarray(image.make_image(None, unsampled=True)[0], dtype=float)[..., :3].mean(axis=2) / 255
+    blocks = [part for row in np.array_split(grey, min(4, grey.shape[0])) for part in np.array_split(row, min(4, row.shape[1]), axis=1)]
+    steps = [np.abs(np.diff(grey, axis=axis)) for axis in (1, 0)]
+    return _sampled([block.mean() for block in blocks]), _sampled([step.mean() if step.size else 0.0 for step in steps])
 
 
 def content(figure: Figure) -> dict:
@@ -300,8 +302,8 @@ def content(figure: Figure) -> dict:
         for each in filter(Artist.get_visible, axes.collections):
             series.append((f"{number} 面", _extent(each)))
         for image in filter(Artist.get_visible, axes.images):
-            series.append((f"{number} 图", _thumbnail(image)))
-            series.append((f"{number} 色标", _sampled(image.get_clim())))
+            brightness, texture = _bitmap(image)
+            series += [(f"{number} 亮度", brightness), (f"{number} 纹理", texture), (f"{number} 色标", _sampled(image.get_clim()))]
     return {"words": [each for each in words if re.search(r"\w", each)], "series": series}
 
 

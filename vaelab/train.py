@@ -370,6 +370,10 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requested.is_set
+    except BaseException:
+        if current_world().size > 1:  # torchrun 看见有进程死了，就向其余的发 SIGTERM；不理它，才来得及说出原因
+            previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
@@ -928,11 +932,11 @@ def join(device: str = "auto", timeout: float = 300.0) -> Iterator[World]:
     try:
         yield World(rank, size)
         dist.barrier()  # 等大家都做完再散，先走的不至于让还在通信的断线
-    finally:
-        dist.destroy_process_group()
         # DDP 用过的 gloo，散开之后线程还在：手里最后一件活要拿到 GIL 才放得下。解释器恰在此时退出，进程会中止（SIGABRT）；
         # 等一下，让它放下。
         time.sleep(0.2)
+    finally:
+        dist.destroy_process_group()
 
 
 class _SumOverProcesses(torch.autograd.Function):
