@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 import types
 import zlib
 from collections.abc import Callable
@@ -219,7 +218,3 @@ def kernel_environment(kind: str, folder: Path) -> dict[str, str]:
     lines = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport other_machine\nother_machine.install({kind!r})\ndel sys.path[0], other_machine, sys\n"
     (startup / "00-other-machine.py").write_text(lines, encoding="utf-8")
     return {"IPYTHONDIR": str(folder), "KINETO_LOG_LEVEL": "99"}
-
-
-if __name__ == "__main__":
-    print("、".join(KINDS), file=sys.stderr)

@@ -357,12 +357,8 @@ def read(png: bytes) -> dict | None:
 
 
 def _code(source: str) -> str:
-    """一格代码的摘要，与注释、空白无关。"""
-    try:
-        source = ast.dump(ast.parse(source))
-    except SyntaxError:
-        pass
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
+    """一格代码的摘要，与空白无关；不经语法树，``ast.dump`` 的写法随 Python 的版本而变。"""
+    return hashlib.sha256("".join(source.split()).encode()).hexdigest()[:16]
 
 
 _tracker: Tracker | None = None
