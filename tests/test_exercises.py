@@ -1,0 +1,77 @@
+"""练习的检查：每条诊断都有一个错答走到，说的正是那条；胡乱的作答不会通过，也不会让检查自己出错。"""
+
+import ast
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from vaelab.check import verdict
+from vaelab.exercises import judging
+from vaelab.exercises.judging import KNOWN_WRONG, Wrong, all_checks, checker
+
+CHECKS = all_checks()
+FILES = sorted(Path(judging.__file__).parent.glob("ch*.py"))
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("number", "says", "answer"),
+    [(number, *mistake) for number, mistakes in KNOWN_WRONG.items() for mistake in mistakes],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_known_mistake_is_named(number, says, answer):
+    found = verdict(number, answer)
+    assert found.status == "wrong" and says in found.message, found.message
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_diagnosis_is_reached(path):
+    """没有错答走得到的诊断，不知道说得对不对，就不该在那里。"""
+    raises = {
+        node.lineno: ast.unparse(node.exc)[:80]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise) and node.exc and ast.unparse(node.exc).startswith("Wrong(")
+    }
+    assert raises
+    chapter = str(int(path.stem[2:]))
+    reached = {line for number, mistakes in KNOWN_WRONG.items() if number.split(".")[0] == chapter for _, answer in mistakes for line in lines(number, answer, path)}
+    missed = {line: raises[line] for line in raises.keys() - reached}
+    assert not missed, "\n".join(f"{path.name}:{line} {text}" for line, text in sorted(missed.items()))
+
+
+def lines(number: str, answer: object, path: Path) -> set[int]:
+    """检查抛出 Wrong 时经过 ``path`` 的哪些行。"""
+    try:
+        checker(number)(answer)
+    except Wrong as error:
+        found, step = set(), error.__traceback__
+        while step is not None:
+            if step.tb_frame.f_code.co_filename == str(path):
+                found.add(step.tb_lineno)
+            step = step.tb_next
+        return found
+    return set()
+
+
+def junk() -> list:
+    """不像样的作答：类型不对的，非有限的，常数，返回这些东西的函数。"""
+    shapes = [(), (1,), (3,), (5,), (6,), (4, 4), (2, 3), (3, 2, 4, 4), (5, 2), (8, 3, 2, 2)]
+    values = ["快", "", b"1", [], {}, object(), True, 1j, NAN, math.inf, -1.0, 0, 10**400, [NAN], ["a"], (None, None)]
+    values += [(fill,) * n for n in (2, 3, 4, 5) for fill in (NAN, math.inf, 0, 1, "a", None)]
+    values += [torch.full(shape, fill, dtype=torch.float64) for shape in shapes for fill in (NAN, math.inf, 0.0)]
+    return values + [lambda *given, value=value: value for value in values] + [lambda: 1, lambda *given: given, lambda first, *rest: first]
+
+
+@pytest.mark.parametrize("number", CHECKS)
+def test_junk_is_refused_in_a_sentence(number):
+    for answer in junk():
+        found = verdict(number, answer)
+        assert found.status != "pass" and "没法检查" not in found.message and len(found.message) < 400, (answer, found.message)
+
+
+def test_every_exercise_knows_some_mistakes():
+    assert KNOWN_WRONG.keys() == CHECKS.keys() and all(KNOWN_WRONG.values())
+    names = [check.__name__ for check in CHECKS.values()]
+    assert len(set(names)) == len(names) and "_" not in names

@@ -1,0 +1,101 @@
+"""检查练习所用的工具：登记检查与它认得的错答，调用作答，说出错在哪里。"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Checker = Callable[[object], None]
+CHECKS: dict[str, Checker] = {}
+KNOWN_WRONG: dict[str, tuple[tuple[str, object], ...]] = {}
+
+
+class Unanswered(Exception):
+    """练习还没有作答。"""
+
+
+class Wrong(Exception):
+    """作答有误；信息说明错在哪里。"""
+
+
+def checks(number: str) -> Callable[[Checker], Checker]:
+    """登记练习 ``number``（如 ``"5.1"``）的检查：接收作答，有误时抛出 :class:`Wrong`。"""
+
+    def register(function: Checker) -> Checker:
+        CHECKS[number] = function
+        return function
+
+    return register
+
+
+def known_wrong(number: str, *mistakes: tuple[str, object]) -> None:
+    """登记检查认得的错答，每个是（诊断里的一段话，错答）。测试把它们都交一遍：每条诊断都要有错答走到。"""
+    KNOWN_WRONG[number] = mistakes
+
+
+def checker(number: str) -> Checker:
+    """练习 ``number`` 的检查。"""
+    import_module(f"vaelab.exercises.ch{int(number.split('.')[0]):02}")
+    return CHECKS[number]
+
+
+def all_checks() -> dict[str, Checker]:
+    """全部章节的检查，按题号。"""
+    for path in sorted(Path(__file__).parent.glob("ch*.py")):
+        import_module(f"vaelab.exercises.{path.stem}")
+    return CHECKS
+
+
+def ask(answer: object, *args: object) -> object:
+    """以 ``args`` 调用作答的函数并返回结果；没有作答（None 或 ...）抛 Unanswered，运行出错抛 Wrong。"""
+    if not callable(answer):
+        raise Wrong(f"这里应交一个函数，收到 {answer!r}。")
+    try:
+        result = answer(*args)
+    except NotImplementedError as error:
+        raise Unanswered from error
+    except Exception as error:  # 读者的代码可能抛出任何异常，都转成一句话
+        raise Wrong(f"你的代码运行时出错：{type(error).__name__}：{error}") from error
+    if result is None or result is ...:
+        raise Unanswered
+    return result
+
+
+def number(value: object, what: str = "一个数", *, infinite: bool = False) -> float:
+    """``value`` 当作一个数；不是数、不是有限的（``infinite`` 允许无穷）就抛 Wrong，说明应交 ``what``。"""
+    try:
+        result = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise Wrong(f"应交{what}，收到 {shown(value)}。") from error
+    if math.isnan(result) or (math.isinf(result) and not infinite):
+        raise Wrong(f"应交{what}，收到 {result:g}：它不是有限的数；先看看哪一步除以了零，或对负数取了对数。")
+    return result
+
+
+def numbers(answer: object, count: int, what: str) -> list[float]:
+    """``answer`` 当作 ``count`` 个有限的数；不是就抛 Wrong，说明应交 ``what``。"""
+    if not isinstance(answer, (tuple, list, Tensor)) or len(answer) != count:
+        raise Wrong(f"应交{what}，收到 {shown(answer)}。")
+    return [number(value, what) for value in answer]
+
+
+def shown(value: object) -> str:
+    """作答写在诊断里的样子：张量说类型与形状，太长的截短。"""
+    text = f"形状 {list(value.shape)} 的张量" if isinstance(value, Tensor) else repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def as_double(value: object) -> Tensor:
+    """数或张量 → CPU 上不带梯度的 float64 张量。"""
+    return torch.as_tensor(value).detach().cpu().to(torch.float64)
+
+
+def close(got: object, truth: Tensor, atol: float = 1e-5) -> bool:
+    """``got`` 与 ``truth`` 同形且逐元素相近。"""
+    got = as_double(got)
+    return got.shape == truth.shape and bool(((got - truth).abs() <= atol * (1 + truth.abs())).all())
