@@ -287,8 +287,9 @@ def first_picture(folder: Path) -> None:
     import tempfile
 
     from vaelab import cli, plot
-    from vaelab.data import load, to_float
-    from vaelab.train import load_model
+    from vaelab.checkpoint import load_model
+    from vaelab.data import load
+    from vaelab.images import to_float
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as run:
         if cli.main(["train", "--out", run]):

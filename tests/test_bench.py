@@ -5,10 +5,13 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
 
-from vaelab import bench
+from conftest import ROOT
+from vaelab.bench.contest import Contest, ratio
+from vaelab.bench.recipes import BATCH, Recipe, steps_of
+from vaelab.bench.speedrun import _without_test
 from vaelab.data import load
+from vaelab.records import records, write_record
 
 
 def ticking(seconds: float, value: float):
@@ -23,7 +26,7 @@ def dying():
 
 
 def test_contestants_take_turns_in_their_own_processes():
-    with bench.Contest({"slow": (ticking, 0.02, 1.0), "fast": (ticking, 0.0, 2.0)}) as contest:
+    with Contest({"slow": (ticking, 0.02, 1.0), "fast": (ticking, 0.0, 2.0)}) as contest:
         seconds = contest.race(rounds=3, steps=4, warmup=1)
         assert {name: len(times) for name, times in seconds.items()} == {"slow": 3, "fast": 3}
         assert all(slow >= 4 * 0.02 for slow in seconds["slow"])
@@ -33,43 +36,43 @@ def test_contestants_take_turns_in_their_own_processes():
 
 
 def test_a_contestant_that_dies_is_an_error_not_a_wait():
-    with bench.Contest({"dying": (dying,)}) as contest:
+    with Contest({"dying": (dying,)}) as contest:
         assert contest.go("dying")[1] == 1
         with pytest.raises(EOFError):
             contest.go("dying")
 
 
 def test_ratio_is_of_each_round():
-    assert bench.ratio([4.0, 9.0, 8.0], [2.0, 3.0, 4.0]) == {"median": 2.0, "low": 2.0, "high": 3.0}
+    assert ratio([4.0, 9.0, 8.0], [2.0, 3.0, 4.0]) == {"median": 2.0, "low": 2.0, "high": 3.0}
 
 
 @pytest.mark.parametrize("usual", [True, False])
 def test_both_ways_of_training_walk_the_same_number_of_steps(usual):
     data = load("faces", image_size=16, count=60)
-    recipe = bench.Recipe("", usual=usual, keep_memory=False, precision="fp32", batch_size=16, lr=1e-2)
-    walk = bench.steps_of(recipe, data, {"latent_dim": 3, "hidden_dims": [4, 8]}, total=40)
+    recipe = Recipe("", usual=usual, keep_memory=False, precision="fp32", batch_size=16, lr=1e-2)
+    walk = steps_of(recipe, data, {"latent_dim": 3, "hidden_dims": [4, 8]}, total=40)
     assert [next(walk) for _ in range(40)] == [None] * 40
     trained = next(walk)
-    untrained = bench.steps_of(recipe, data, {"latent_dim": 3, "hidden_dims": [4, 8]}, total=0)
+    untrained = steps_of(recipe, data, {"latent_dim": 3, "hidden_dims": [4, 8]}, total=0)
     assert trained > next(untrained) + 50 and next(walk) == trained
 
 
 def test_validation_never_sees_the_test_set():
     data = load("faces", image_size=8, count=100)
-    held_out = bench._without_test(data)
+    held_out = _without_test(data)
     assert torch.equal(torch.cat([held_out.train, held_out.test]), data.train)
 
 
 def test_a_record_keeps_what_was_not_measured_again(tmp_path):
-    path = bench.write_record({"loop": {"ratio": {"median": 3.0}}, "data": {"ratio": {"median": 40.0}}}, tmp_path)
-    assert bench.write_record({"loop": {"ratio": {"median": 3.5}}}, tmp_path) == path
-    (record,) = bench.records(tmp_path)
+    path = write_record({"loop": {"ratio": {"median": 3.0}}, "data": {"ratio": {"median": 40.0}}}, tmp_path)
+    assert write_record({"loop": {"ratio": {"median": 3.5}}}, tmp_path) == path
+    (record,) = records(tmp_path)
     assert record["loop"]["ratio"]["median"] == 3.5 and record["data"]["ratio"]["median"] == 40.0
     assert record["machine"]["cores"] >= 1 and record["loop"]["versions"]["torch"] == torch.__version__
     assert [path.name for path in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("record", bench.records(), ids=lambda record: record["machine"]["gpu"] or record["machine"]["cpu"])
+@pytest.mark.parametrize("record", records(), ids=lambda record: record["machine"]["gpu"] or record["machine"]["cpu"])
 def test_committed_records_say_where_when_and_with_what(record):
     assert {"machine", "date", "versions"} <= record.keys()
     for section in ("loop", "data", "endtoend", "allocator", "epoch", "scale", "speedrun"):
@@ -80,7 +83,7 @@ def test_committed_records_say_where_when_and_with_what(record):
 
 def test_the_readme_quotes_the_newest_record():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    record = bench.records()[-1]
+    record = records()[-1]
     ratios = [record[section]["ratio"] for section in ("loop", "data", "endtoend")] + [record["loop"]["compiled_ratio"]]
     for numbers in ratios:
         assert f"{numbers['median']:g} 倍（{numbers['low']:g}–{numbers['high']:g}）" in readme
@@ -90,7 +93,7 @@ def test_the_readme_quotes_the_newest_record():
 
 
 def test_every_rung_of_the_recorded_ladder_reaches_the_target():
-    for record in bench.records():
+    for record in records():
         run = record.get("speedrun")
         if run is None:
             continue
@@ -99,4 +102,4 @@ def test_every_rung_of_the_recorded_ladder_reaches_the_target():
         for rung in run["ladder"][1:]:
             assert rung["elbo"] >= run["target_elbo"], rung["name"]
             assert rung["speedup"] == pytest.approx(rung["throughput"]["median"] * usual["images"] / rung["images"], rel=0.01)
-        assert [each["recipe"]["batch_size"] for each in run["ladder"][:1]] == [bench.BATCH]
+        assert [each["recipe"]["batch_size"] for each in run["ladder"][:1]] == [BATCH]

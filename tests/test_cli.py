@@ -9,11 +9,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
+from conftest import ROOT
 from vaelab import cli
-from vaelab.train import CHECKPOINT, load_checkpoint
+from vaelab.checkpoint import CHECKPOINT, load_checkpoint
 
 SMALL = "--count 60 --image-size 16 --hidden-dims 4,8 --latent-dim 3 --epochs 2 --batch-size 8 --precision fp32".split()
 

@@ -21,7 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vaelab.data import ImageSet, batches, load, map_pixels, to_float, to_uint8
+from vaelab.data import load
+from vaelab.images import ImageSet, batches, to_float, to_uint8
+from vaelab.pictures import map_pixels
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared" / "data"

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from vaelab.data import to_float
 from vaelab.evaluate import (
     bits_per_dim,
     elbo_from_mse,
@@ -20,6 +19,7 @@ from vaelab.evaluate import (
     log_likelihood_bound,
     optimal_kld_weight,
 )
+from vaelab.images import to_float
 from vanilla_vae import VanillaVAE
 
 C, H, W = 1, 2, 4

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from vaelab.data import FACE_FACTORS, draw_faces, load
+from vaelab.data import load
+from vaelab.faces import FACE_FACTORS, draw_faces
+
 
 def test_a_face_depends_on_its_own_factors_only():
     """一次画很多张（分块）与一张张画，结果相同；返回的因子重画出同样的图。"""

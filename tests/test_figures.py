@@ -13,10 +13,10 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from nbclient import NotebookClient
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from conftest import ROOT
 from vaelab import data, plot, provenance
 
 # 根目录的 conftest.py 不能按名字导入：tests/ 里也有一个同名的

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from vaelab import train
+from vaelab.plan import _choose_compile
 from vanilla_vae import VanillaVAE
 
 REFERENCE = Path(__file__).parent.parent.parent / "shared/reference/public_vanilla_vae.npz"
@@ -291,7 +291,7 @@ def test_batch_of_one_works_wherever_batch_norm_can():
 def test_compiled_training_step_equals_eager():
     model, x = tiny()
     other = copy.deepcopy(model)
-    if train._choose_compile("on", torch.device("cpu"), 0)[0]:
+    if _choose_compile("on", torch.device("cpu"), 0)[0]:
         # fallback_random：编译后的随机数与 eager 相同，才能逐数比较。
         compiled = torch.compile(step, fullgraph=True, options={"fallback_random": True})
     else:

@@ -7,20 +7,26 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
+
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 import other_machine  # noqa: E402
 
-from vaelab.data import _fit, _root  # noqa: E402
+from vaelab import step, stepper
+from vaelab.config import LOSSES, TrainConfig
+from vaelab.data import _fit, load
+from vaelab.faces import _root
+from vaelab.plan import make_plan
+from vaelab.step import memory_layout, train_step
 
 BYTES = """
 import hashlib, sys, torch
 sys.path.insert(0, sys.argv[2])
 import other_machine
 if sys.argv[1]: other_machine.install(sys.argv[1])
-from vaelab.data import load, _fit
+from vaelab.data import _fit, load
 digest = lambda *parts: hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()[:16]
 faces = load("faces", count=40, seed=3)
 pictures = torch.randint(0, 256, (60, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -95,8 +101,10 @@ def test_noisy_weights_are_neighbours():
 
 ON_A_FAKE_GPU = """
 import json, torch, other_machine
-from vaelab import train as T
+from vaelab.config import TrainConfig
 from vaelab.data import load
+from vaelab.plan import make_plan
+from vaelab.train import train
 from vanilla_vae import VanillaVAE
 data, found = load("faces", image_size=16, count=200), []
 for kind in ("", "t4"):
@@ -105,14 +113,14 @@ for kind in ("", "t4"):
     for precision in ("auto", "fp32", "fp16", "bf16")[1 - bool(kind) : 4 if kind else 2]:
         torch.manual_seed(0)
         try:
-            config = T.TrainConfig(epochs=2, batch_size=20, precision=precision)
-            rows[precision] = T.train(VanillaVAE(3, 4, [8, 16], 16), data, config, compile="off", progress=False)[-1]["mse"]
+            config = TrainConfig(epochs=2, batch_size=20, precision=precision)
+            rows[precision] = train(VanillaVAE(3, 4, [8, 16], 16), data, config, compile="off", progress=False)[-1]["mse"]
         except ValueError as error:
             rows[precision] = str(error)
-    plan = T.make_plan(data, T.TrainConfig(), compile="off")
+    plan = make_plan(data, TrainConfig(), compile="off")
     found.append([rows, plan.device.type, plan.precision, plan.resident, plan.why()])
 torch.cuda.is_bf16_supported = lambda including_emulation=True: True
-print(json.dumps([*found, T.make_plan(data, T.TrainConfig(), compile="off").precision]))
+print(json.dumps([*found, make_plan(data, TrainConfig(), compile="off").precision]))
 """
 
 
@@ -132,28 +140,28 @@ def test_training_takes_the_path_of_the_card_it_finds():
 
 def test_mps_keeps_the_usual_layout():
     """MPS 上，批归一化收到 channels_last 会算错梯度；这里没有 MPS，看的是选哪种排列。"""
-    from vaelab import train as T
     from vanilla_vae import VanillaVAE
 
-    assert T.memory_layout(torch.device("mps")) is torch.contiguous_format
-    assert T.memory_layout(torch.device("cuda")) is T.memory_layout(torch.device("cpu")) is torch.channels_last
-    seen, usual = [], T.memory_layout
+    assert memory_layout(torch.device("mps")) is torch.contiguous_format
+    assert memory_layout(torch.device("cuda")) is memory_layout(torch.device("cpu")) is torch.channels_last
+    seen, usual, data = [], memory_layout, load("faces", image_size=16, count=10)
     for device, expected in (("cpu", True), ("mps", False)):
         model = VanillaVAE(3, 4, [8, 16], 16)
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.register_forward_pre_hook(lambda _, inputs: seen.append(not inputs[0].is_contiguous()))
+        config = TrainConfig(batch_size=4, precision="fp32")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(T, "memory_layout", lambda _, device=device: usual(torch.device(device)))
-            T.prepare(model, T.TrainConfig(), torch.device("cpu"))
-            T.Objective(model, 1e-3)(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.zeros(4, 4))
+            for room in (step, stepper):
+                patch.setattr(room, "memory_layout", lambda _, device=device: usual(torch.device(device)))
+            with stepper.Stepper(model, data, config, make_plan(data, config, device="cpu")) as walk:
+                walk(data.train[:4], 0, 1e-3)
         assert len(seen) == 4 and set(seen) == {expected}
         seen.clear()
 
 
 def test_only_cuda_copies_without_waiting():
     """别的设备上 non_blocking 会读到已经放掉的内存；假的 meta 设备代替 MPS。"""
-    from vaelab import train as T
 
     class Seen(torch.overrides.TorchFunctionMode):
         asked = []
@@ -164,9 +172,9 @@ def test_only_cuda_copies_without_waiting():
             return function(*args, **(kwargs or {}))
 
     weight = nn.Parameter(torch.zeros((), device="meta"))
-    losses = dict.fromkeys(T.LOSSES, weight * 1.0)
+    losses = dict.fromkeys(LOSSES, weight * 1.0)
     with Seen() as seen:
-        T.train_step(
+        train_step(
             lambda images, eps: losses, torch.optim.SGD([weight]), torch.amp.GradScaler("cpu", enabled=False),
             torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 4, device="meta"), 0.1,
         )  # fmt: skip

@@ -10,11 +10,17 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from vaelab import cli
-from vaelab import train as T
+from vaelab.checkpoint import CHECKPOINT, HISTORY, load_checkpoint, load_model
+from vaelab.config import TrainConfig
 from vaelab.data import load
+from vaelab.images import batches
+from vaelab.plan import make_plan
+from vaelab.processes import World, current_world, join, process_gpu
+from vaelab.step import Objective
+from vaelab.stepper import Stepper
 from vanilla_vae import VanillaVAE
 
 SMALL = "--count 120 --image-size 16 --hidden-dims 4,8 --latent-dim 3 --batch-size 16 --precision fp32".split()
@@ -22,25 +28,25 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 
 GRADIENTS = """
 import sys, torch
-from vaelab import train as T
+from vaelab.config import TrainConfig
 from vaelab.data import load
+from vaelab.plan import make_plan
+from vaelab.processes import join
+from vaelab.stepper import Stepper
 from vanilla_vae import VanillaVAE
-images = load("faces", image_size=16, count=40).train[:8]
-eps = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+data = load("faces", image_size=16, count=40)
+images = data.train[:8]
 def one_step(world, weight):
     torch.manual_seed(0)
     model = VanillaVAE(3, 3, [4, 8], image_size=16)
-    config = T.TrainConfig(batch_size=8, kld_weight=weight, precision="fp32")
-    plan = T.make_plan(load("faces", image_size=16, count=40), config, device="cpu")
-    optimizer = T.prepare(model, config, plan.device)
-    objective = T.prepared_objective(model, config, plan, world, sync_batch_norm=True)
-    part = [each.chunk(world.size)[world.rank] for each in (images, eps)]
-    record = T.train_step(objective, optimizer, torch.amp.GradScaler("cpu", enabled=False), *part, 0.0)
-    record = world.mean(record, False)[:4]
-    if world.rank == 0:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        torch.save([record, gradients, list(model.buffers())], f"{sys.argv[1]}-{weight}")
-with T.join("cpu") as world:
+    config = TrainConfig(batch_size=8, kld_weight=weight, precision="fp32")
+    plan = make_plan(data, config, device="cpu")
+    with Stepper(model, data, config, plan, world) as stepper:
+        record = world.mean(stepper(images.chunk(world.size)[world.rank], 0, 0.0), False)[:4]
+        if world.rank == 0:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            torch.save([record, gradients, list(model.buffers())], f"{sys.argv[1]}-{weight}")
+with join("cpu") as world:
     for weight in (1e-3, "optimal"):
         one_step(world, weight)
 """
@@ -76,7 +82,7 @@ def finished(process: subprocess.Popen) -> str:
 
 
 def timeless(folder) -> list[list[float]]:
-    rows = T.load_checkpoint(folder)["history"]
+    rows = load_checkpoint(folder)["history"]
     return [[value for name, value in row.items() if name not in ("images_per_s", "seconds")] for row in rows]
 
 
@@ -100,7 +106,7 @@ def test_training_and_resuming_do_not_depend_on_the_number_of_processes(tmp_path
     output = finished(together("--epochs", 1, "--out", tmp_path / "mixed"))
     assert output.count("为什么这样跑：") == output.count("接下来可以试") == 1 and "2 个进程均分" in output
     pictures = {f"{name}.png" for name in ("history", "kl", "reconstructions", "samples")}
-    assert {path.name for path in (tmp_path / "mixed").iterdir()} == {T.CHECKPOINT, T.HISTORY, *pictures}
+    assert {path.name for path in (tmp_path / "mixed").iterdir()} == {CHECKPOINT, HISTORY, *pictures}
     (first,) = timeless(tmp_path / "mixed")
     alone("--epochs", 2, "--resume", "--out", tmp_path / "mixed")
 
@@ -114,7 +120,7 @@ def test_training_and_resuming_do_not_depend_on_the_number_of_processes(tmp_path
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_all_with_a_loadable_checkpoint(tmp_path, victim):
     process = together("--epochs", 10_000, "--out", tmp_path)
-    while process.poll() is None and not ((tmp_path / T.CHECKPOINT).exists() and T.load_checkpoint(tmp_path)["step"] >= 12):
+    while process.poll() is None and not ((tmp_path / CHECKPOINT).exists() and load_checkpoint(tmp_path)["step"] >= 12):
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
     os.kill(child(process.pid, victim), signal.SIGKILL)
@@ -123,8 +129,8 @@ def test_a_killed_process_ends_all_with_a_loadable_checkpoint(tmp_path, victim):
     assert re.search(r"错误：第 \d+ 步时与别的进程失去了联系", output)
     if victim:
         assert "加 --resume 可接着训练" in output
-    assert T.load_checkpoint(tmp_path)["step"] >= 12 and T.load_model(tmp_path).latent_dim == 3
-    alone("--epochs", T.load_checkpoint(tmp_path)["step"] // 6 + 1, "--resume", "--out", tmp_path)
+    assert load_checkpoint(tmp_path)["step"] >= 12 and load_model(tmp_path).latent_dim == 3
+    alone("--epochs", load_checkpoint(tmp_path)["step"] // 6 + 1, "--resume", "--out", tmp_path)
 
 
 def child(parent: int, rank: int) -> int:
@@ -154,13 +160,13 @@ def test_what_cannot_be_shared_out_is_named(tmp_path):
     assert process.returncode != 0 and "batch_size 应能由 2 个进程均分" in output and "请改用 16" in output
     assert "TrainingError" not in output and not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="这台机器有 1 块，却起了至少 2 个进程.*--nproc_per_node 1"):
-        T.process_gpu(1, 1)
-    assert [T.process_gpu(k, 2) for k in (0, 1)] == [0, 1]
+        process_gpu(1, 1)
+    assert [process_gpu(k, 2) for k in (0, 1)] == [0, 1]
 
 
 def test_two_processes_walk_the_same_batches():
     images = load("faces", image_size=8, count=30).train
-    walk = lambda shard: list(T.batches(images, 6, torch.Generator().manual_seed(0), shard=shard))  # noqa: E731
+    walk = lambda shard: list(batches(images, 6, torch.Generator().manual_seed(0), shard=shard))  # noqa: E731
     whole, parts = walk((0, 1)), [walk((k, 3)) for k in range(3)]
     assert len(whole) == 4 and all(len(part) == 2 for part in parts[0])
     for step, batch in enumerate(whole):
@@ -168,11 +174,9 @@ def test_two_processes_walk_the_same_batches():
 
 
 def test_a_single_process_is_a_world_of_one():
-    with T.join("cpu") as world:
-        assert world == T.World(0, 1) == T.current_world()
+    with join("cpu") as world:
+        assert world == World(0, 1) == current_world()
         assert world.from_first(lambda: 3) == 3
-        assert isinstance(T.prepared_objective(VanillaVAE(3, 2, [4], 8), T.TrainConfig(), plan_of_one(), world, True), T.Objective)
-
-
-def plan_of_one() -> T.Plan:
-    return T.make_plan(load("faces", image_size=8, count=10), T.TrainConfig(batch_size=2, precision="fp32"), device="cpu")
+        data, config = load("faces", image_size=8, count=10), TrainConfig(batch_size=2, precision="fp32")
+        with Stepper(VanillaVAE(3, 2, [4], 8), data, config, make_plan(data, config, device="cpu"), world) as stepper:
+            assert isinstance(stepper.objective, Objective)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import ROOT
 
 tomllib = pytest.importorskip("tomllib", reason="标准库的 tomllib 从 Python 3.11 起才有")

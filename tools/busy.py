@@ -22,7 +22,7 @@ POLICIES = {
 # 先导入 torch，vanilla_vae 里的 setdefault 就不再起作用，量的才是各自的策略
 WORK = f"""
 import time, torch
-from vaelab.train import keep_freed_memory
+from vaelab.memory import keep_freed_memory
 from vanilla_vae import VanillaVAE
 keep_freed_memory()
 torch.manual_seed(0)

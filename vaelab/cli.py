@@ -13,27 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vaelab.data import NAMES, ImageSet, load, to_float
-from vaelab.evaluate import evaluate, log_likelihood_bound
-from vaelab.train import (
-    CHECKPOINT,
-    PLACES,
-    PRECISIONS,
-    SWITCHES,
-    TrainConfig,
-    TrainingError,
-    World,
-    join,
-    load_checkpoint,
-    load_model,
-    train,
-    write_atomically,
-)
+from vaelab.checkpoint import CHECKPOINT, load_checkpoint, load_model
+from vaelab.config import MODEL_DEFAULTS, PRECISIONS, TrainConfig, TrainingError
+from vaelab.data import NAMES, load
+from vaelab.evaluate import Evaluation, evaluate, log_likelihood_bound
+from vaelab.files import write_atomically
+from vaelab.images import ImageSet, to_float
+from vaelab.plan import PLACES, SWITCHES
+from vaelab.processes import World, join, pick_device
+from vaelab.train import train
 from vanilla_vae import VanillaVAE
 
 RUNS = Path("runs")
 DATA_DEFAULTS = {"data": "faces", "root": "data", "image_size": 64, "channels": None, "count": 10_000, "data_seed": 0}
-MODEL_DEFAULTS = {"latent_dim": 16, "hidden_dims": [16, 32, 64, 128]}
 
 EXAMPLES = """例子：
   python vanilla_vae.py                                       画一万张卡通脸，训练，画出结果
@@ -194,7 +186,7 @@ def _train_together(options: argparse.Namespace, world: World) -> int:
     if saved:
         model_args = {**model_args, **{name: given[name] for name in MODEL_DEFAULTS if name in given}}
     torch.manual_seed(config.seed)
-    model = VanillaVAE(**model_args)
+    model = VanillaVAE(**model_args).to(pick_device(options.device))
     count = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"训练 {len(data.train)} 张，测试 {len(data.test)} 张，{list(data.train.shape[1:])}\n"
@@ -270,7 +262,7 @@ def _load_data(extra: dict, download: bool = False, say: Callable[[str], None] =
     return data
 
 
-def _draw_results(model: VanillaVAE, data: ImageSet, history: list[dict], result, out: Path) -> None:
+def _draw_results(model: VanillaVAE, data: ImageSet, history: list[dict], result: Evaluation, out: Path) -> None:
     from vaelab import plot
 
     plot.use_chinese_font()

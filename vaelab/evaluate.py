@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vaelab.data import to_float
+from vaelab.images import to_float
 from vanilla_vae import eval_mode, positive_int
 
 ACTIVE_VARIANCE = 0.01

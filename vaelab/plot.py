@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from vaelab import provenance
+from vaelab.images import to_uint8
 
 # 色盲也能分辨的配色（Okabe & Ito 2008）
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK = (
@@ -45,7 +45,7 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
     """把 uint8 或 [-1, 1] 浮点图像 ``[N, C, H, W]``（C 为 1 或 3）拼成一张 ``[H', W', 3]`` 的 uint8 图，白色间隔。"""
     images = images.detach().cpu()
     if images.is_floating_point():
-        images = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        images = to_uint8(images)
     count, channels, height, width = images.shape
     if channels not in (1, 3):
         images = images[:, :1]

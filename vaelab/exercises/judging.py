@@ -92,7 +92,9 @@ def shown(value: object) -> str:
 
 def as_double(value: object) -> Tensor:
     """数或张量 → CPU 上不带梯度的 float64 张量。"""
-    return torch.as_tensor(value).detach().cpu().to(torch.float64)
+    if isinstance(value, Tensor):
+        return value.detach().cpu().to(torch.float64)  # 先搬后转：MPS 没有 float64
+    return torch.as_tensor(value, dtype=torch.float64)
 
 
 def close(got: object, truth: Tensor, atol: float = 1e-5) -> bool:
