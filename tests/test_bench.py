@@ -11,7 +11,7 @@ from vaelab.bench.contest import Contest, ratio
 from vaelab.bench.recipes import BATCH, Recipe, steps_of
 from vaelab.bench.speedrun import _without_test
 from vaelab.data import load
-from vaelab.records import records, write_record
+from vaelab.records import read_records, write_record
 
 
 def ticking(seconds: float, value: float):
@@ -66,13 +66,13 @@ def test_validation_never_sees_the_test_set():
 def test_a_record_keeps_what_was_not_measured_again(tmp_path):
     path = write_record({"loop": {"ratio": {"median": 3.0}}, "data": {"ratio": {"median": 40.0}}}, tmp_path)
     assert write_record({"loop": {"ratio": {"median": 3.5}}}, tmp_path) == path
-    (record,) = records(tmp_path)
+    (record,) = read_records(tmp_path)
     assert record["loop"]["ratio"]["median"] == 3.5 and record["data"]["ratio"]["median"] == 40.0
     assert record["machine"]["cores"] >= 1 and record["loop"]["versions"]["torch"] == torch.__version__
     assert [path.name for path in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("record", records(), ids=lambda record: record["machine"]["gpu"] or record["machine"]["cpu"])
+@pytest.mark.parametrize("record", read_records(), ids=lambda record: record["machine"]["gpu"] or record["machine"]["cpu"])
 def test_committed_records_say_where_when_and_with_what(record):
     assert {"machine", "date", "versions"} <= record.keys()
     for section in ("loop", "data", "endtoend", "allocator", "epoch", "scale", "speedrun"):
@@ -83,7 +83,7 @@ def test_committed_records_say_where_when_and_with_what(record):
 
 def test_the_readme_quotes_the_newest_record():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    record = records()[-1]
+    record = read_records()[-1]
     ratios = [record[section]["ratio"] for section in ("loop", "data", "endtoend")] + [record["loop"]["compiled_ratio"]]
     for numbers in ratios:
         assert f"{numbers['median']:g} 倍（{numbers['low']:g}–{numbers['high']:g}）" in readme
@@ -93,7 +93,7 @@ def test_the_readme_quotes_the_newest_record():
 
 
 def test_every_rung_of_the_recorded_ladder_reaches_the_target():
-    for record in records():
+    for record in read_records():
         run = record.get("speedrun")
         if run is None:
             continue

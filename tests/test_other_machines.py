@@ -157,7 +157,6 @@ def test_mps_keeps_the_usual_layout():
             with stepper.Stepper(model, data, config, make_plan(data, config, device="cpu")) as walk:
                 walk(data.train[:4], 0, 1e-3)
         assert len(seen) == 4 and set(seen) == {expected}
-        seen.clear()
 
 
 def test_only_cuda_copies_without_waiting():

@@ -27,7 +27,7 @@ def machine() -> dict:
     return {"cpu": cpu, "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9), "gpu": gpu}
 
 
-def records(folder: str | os.PathLike = HERE) -> list[dict]:
+def read_records(folder: str | os.PathLike = HERE) -> list[dict]:
     """全部记录，从旧到新。每份的键：machine、date、versions，以及测过的各项。"""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
     return sorted(found, key=lambda each: each["date"])
