@@ -1,19 +1,20 @@
 """第 01 章“逐行读懂”的练习：检查，以及它认得的错答。"""
 
+import contextlib
+import copy
+
 import torch
 from torch import Tensor
 
-from vaelab.exercises.judging import ask, checks, known_wrong, Wrong
-from vanilla_vae import VanillaVAE
+from vaelab.exercises.judging import Unanswered, Wrong, ask, checks, close, finite, known_wrong, listed, number, shown, whole
+from vanilla_vae import VanillaVAE, eval_mode
 
 
 @checks("1.1")
 def shapes_of_a_small_model(answer: object) -> None:
-    try:
-        side, features, shape = answer  # type: ignore[misc]
-        side, features, shape = int(side), int(features), [int(n) for n in shape]
-    except (TypeError, ValueError) as error:
-        raise Wrong(f"这里应交 (边长, 维数, [B, C, H, W])，如 (2, 2048, [4, 3, 64, 64])，收到 {answer!r}。") from error
+    what = " (边长, 维数, [B, C, H, W])，如 (2, 2048, [4, 3, 64, 64])"
+    side, features, shape = listed(answer, what, 3)
+    side, features, shape = whole(side, what), whole(features, what), [whole(size, what) for size in listed(shape, what)]
     model = VanillaVAE(1, 10, [8, 16], image_size=28).eval()
     with torch.no_grad():
         deepest = model.encoder(torch.zeros(5, 1, 28, 28))
@@ -31,7 +32,24 @@ def shapes_of_a_small_model(answer: object) -> None:
     if len(shape) == 4 and shape[1] == 3:
         raise Wrong("重建的通道数应与输入相同；写死成 3 是错误 3。")
     if shape != truth:
-        raise Wrong(f"重建的形状不是 {shape}：它与喂进去的那批图同形。")
+        raise Wrong(f"重建的形状不是 {shown(shape)}：它与喂进去的那批图同形。")
+
+
+known_wrong(
+    "1.1",
+    ("应交 (边长", (7, 784, 5, 1, 28, 28)),  # 形状没有括起来
+    ("应交 (边长", (3.5, 196, [5, 1, 28, 28])),  # 多减半了一次
+    ("14 只减半了一次", (14, 16 * 14 * 14, [5, 1, 28, 28])),
+    ("边长不是 2", (2, 64, [5, 1, 28, 28])),  # 旧写法的 2×2
+    ("不是 16 维：拉平", (7, 16, [5, 1, 28, 28])),
+    ("不是 112 维：拉平", (7, 16 * 7, [5, 1, 28, 28])),
+    ("把特征图写死成了 2×2", (7, 16 * 4, [5, 1, 28, 28])),
+    ("不是 392 维：它等于末级", (7, 8 * 7 * 7, [5, 1, 28, 28])),  # 用了第一级的通道数
+    ("不是 10 维：它等于末级", (7, 10, [5, 1, 28, 28])),  # 那是输出
+    ("写死成 3", (7, 784, [5, 3, 28, 28])),
+    ("形状不是 [5, 1, 64, 64]", (7, 784, [5, 1, 64, 64])),
+    ("形状不是 [1, 28, 28]", (7, 784, [1, 28, 28])),  # 少了批
+)
 
 
 @checks("1.2")
@@ -39,28 +57,41 @@ def linear_layer_as_a_kernel(answer: object) -> None:
     generator = torch.Generator().manual_seed(12)
     for channels, side, latent in ((3, 2, 5), (4, 3, 2)):
         weight = torch.randn(channels * side**2, latent, generator=generator, dtype=torch.float64)
-        got = ask(answer, weight.clone(), channels, side)
         want = [latent, channels, side, side]
-        if not isinstance(got, Tensor) or list(got.shape) != want:
-            came = list(got.shape) if isinstance(got, Tensor) else type(got).__name__
-            raise Wrong(f"权重应为 [L, C, b, b] = {want}，收到 {came}。")
+        got = finite(ask(answer, weight.clone(), channels, side), f"权重 [L, C, b, b] = {want}")
+        if list(got.shape) != want:
+            raise Wrong(f"权重应为 [L, C, b, b] = {want}，收到 {list(got.shape)}。")
         z = torch.randn(6, latent, generator=generator, dtype=torch.float64)
         truth = torch.nn.functional.linear(z, weight).reshape(6, channels, side, side)
 
-        def apply(kernel: Tensor) -> Tensor:
-            return torch.nn.functional.conv_transpose2d(z[:, :, None, None], kernel.to(torch.float64))
+        def agrees(kernel: Tensor) -> bool:
+            return torch.allclose(torch.nn.functional.conv_transpose2d(z[:, :, None, None], kernel), truth, atol=1e-5)
 
-        if torch.allclose(apply(got), truth, atol=1e-9):
+        if agrees(got):
             continue
-        if torch.equal(got.flatten(), weight.flatten()):
+        if torch.allclose(got.flatten(), weight.flatten(), atol=1e-5):
             raise Wrong("形状对了，数没有跟着走：直接 reshape 不会交换坐标轴，L 在 weight 里是最后一维，要先把它换到最前。")
-        if torch.allclose(apply(got.mT), truth, atol=1e-9):
+        if agrees(got.mT):
             raise Wrong("高和宽颠倒了：式(1.2) 里 u 是行，v 是列，v 变得最快。")
+        if agrees(got.flip(2, 3)):
+            raise Wrong("你把核翻转了：输入是 1×1，盖下的就是核本身，照原样放。")
         raise Wrong("形状对了，输出与线性层不同；先把第一维拆成 (c, u, v)，顺序是 c 最慢、v 最快，再把 L 换到最前。")
+
+
+known_wrong(
+    "1.2",
+    ("应交权重 [L, C, b, b] = [5, 3, 2, 2]", lambda weight, channels, side: torch.nn.ConvTranspose2d(weight.shape[1], channels, side)),  # 交了层
+    ("应为 [L, C, b, b] = [5, 3, 2, 2]，收到 [3, 2, 2, 5]", lambda weight, channels, side: weight.view(channels, side, side, -1)),
+    ("直接 reshape 不会交换坐标轴", lambda weight, channels, side: weight.reshape(-1, channels, side, side)),
+    ("高和宽颠倒了", lambda weight, channels, side: weight.view(channels, side, side, -1).permute(3, 0, 2, 1)),
+    ("核翻转了", lambda weight, channels, side: weight.view(channels, side, side, -1).permute(3, 0, 1, 2).flip(2, 3)),
+    ("顺序是 c 最慢", lambda weight, channels, side: weight.view(side, side, channels, -1).permute(3, 2, 0, 1)),  # 当成 c 最快
+)
 
 
 @checks("1.3")
 def weight_for_another_loss(answer: object) -> None:
+    """使我们的损失与对方的（平方误差求和、KL 取平均）同解的 M_N。"""
     generator = torch.Generator().manual_seed(13)
     for beta, channels, side, latent in ((0.5, 3, 4, 6), (4.0, 1, 2, 3)):
         D = channels * side**2
@@ -76,28 +107,40 @@ def weight_for_another_loss(answer: object) -> None:
         ours_pull, ours_push = (torch.autograd.grad(part, at)[0] for part, at in (
             ((recons - x).square().mean(), recons), (kld.sum(1).mean(), mu)))  # fmt: skip
         truth = float((push / ours_push).mean() * (ours_pull / pull).mean())
-        reply = ask(answer, beta, D, latent)
-        try:
-            got = float(reply)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise Wrong(f"应返回一个数，收到 {reply!r}。") from error
+        got = number(ask(answer, beta, D, latent))
 
-        def off_by(factor: float) -> bool:
-            return abs(got - truth * factor) < 1e-6 * abs(truth * factor)
+        def off_by(*factors: float) -> bool:
+            return any(abs(got - truth * factor) < 1e-5 * abs(truth * factor) for factor in factors)
 
         if off_by(1):
             continue
         if off_by(0.5):
             raise Wrong("差一个 2 倍：对方的平方误差前有 ½，先把整个损失乘 2，再除以 D。")
-        if off_by(latent):
+        if off_by(latent, latent / 2):
             raise Wrong("忘了 L：对方的 KL 对隐变量取平均，我们的是求和，差 L 倍。")
-        if off_by(latent**2):
+        if off_by(latent**2, latent**2 / 2):
             raise Wrong("L 用反了：平均 = 总和 ÷ L，权重要除以 L，不是乘。")
-        if off_by(D) or off_by(D / 2):
+        if off_by(D, D / 2):
             raise Wrong("忘了 D：对方对像素求和，我们的 MSE 对像素取平均，差 D 倍。")
-        if off_by(D**2):
+        if off_by(D**2, D**2 / 2):
             raise Wrong("D 用反了：平方误差之和 = D·MSE，要把整个损失除以 D，KL 那一项也跟着除。")
         raise Wrong(f"β={beta}、D={D}、L={latent} 时 {got:.4g} 不对：让两项各自的倍数相同，即 损失_对方 = 常数 × 损失_我们。")
+
+
+known_wrong(
+    "1.3",
+    ("应交一个数", lambda beta, D, L: "2·β/(D·L)"),
+    ("差一个 2 倍", lambda beta, D, L: beta / (D * L)),
+    ("忘了 L", lambda beta, D, L: 2 * beta / D),
+    ("忘了 L", lambda beta, D, L: beta / D),
+    ("L 用反了", lambda beta, D, L: 2 * beta * L / D),
+    ("L 用反了", lambda beta, D, L: beta * L / D),
+    ("忘了 D", lambda beta, D, L: 2 * beta / L),
+    ("忘了 D", lambda beta, D, L: beta / L),
+    ("D 用反了", lambda beta, D, L: 2 * beta * D / L),
+    ("D 用反了", lambda beta, D, L: beta * D / L),
+    ("β=0.5、D=48、L=6 时 0.5 不对", lambda beta, D, L: beta),  # 照搬对方的 β
+)
 
 
 @checks("1.4")
@@ -114,19 +157,27 @@ def sampling_leaves_no_trace(answer: object) -> None:
             self.fails = False
 
         def decode(self, z: Tensor) -> Tensor:
-            seen.append((z.detach().clone(), self.layers[1].training))
             if self.fails:
                 raise RuntimeError("解码中途出错")
-            return self.layers(z)
+            images = self.layers(z)
+            seen.append((z.detach(), images.detach().clone(), self.layers[1].training))
+            return images
 
     def state(model: Toy) -> tuple:
         return [module.training for module in model.modules()], [value.clone() for value in model.state_dict().values()]
 
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        seen.clear()
+        samples = ask(answer, model, count, generator)
+        finite(samples, " decode 的结果")
+        if not isinstance(samples, Tensor) or samples.shape != (count, 2):
+            raise Wrong(f"应返回 decode 的结果，第一维是 num_samples = {count}，收到 {shown(samples)}。")
+        return samples
+
     model = Toy()
-    modes, values = state(model)
-    samples = ask(answer, model, 5, torch.Generator().manual_seed(14))
-    if not isinstance(samples, Tensor) or samples.shape != (5, 2):
-        raise Wrong(f"应返回 decode 的结果，第一维是 num_samples = 5，收到 {list(getattr(samples, 'shape', []))}。")
+    (modes, values), others = state(model), torch.get_rng_state()
+    generator = torch.Generator().manual_seed(14)
+    samples = draw(5, generator)
     modes_after, values_after = state(model)
     if samples.requires_grad:
         raise Wrong("样本还带着计算图：用 torch.no_grad()。")
@@ -134,22 +185,140 @@ def sampling_leaves_no_trace(answer: object) -> None:
         raise Wrong("批归一化的运行统计量被改动了：解码时要处于 eval。")
     if not seen:
         raise Wrong("没有调用 decode：样本应由 model.decode 解码得到。")
-    if seen[-1][1]:
+    if any(training for _, _, training in seen):
         raise Wrong("解码时批归一化还在训练状态：样本会取决于同批的其他样本。")
+    if not close(samples, torch.cat([images for _, images, _ in seen]).double()):
+        raise Wrong("你返回的与 decode 的结果不同：它给出什么就返回什么，不要再加工。")
     if modes != modes_after:
-        reason = "停在了 eval" if not any(modes_after) else "单独冻结的层也被打开了，要逐个子模块恢复"
+        stopped = "有的子模块停在了 eval，要逐个恢复" if any(modes_after) else "停在了 eval"
+        reason = "单独冻结的层也被打开了，要逐个子模块恢复" if model.layers[3].training else stopped
         raise Wrong(f"训练状态没有恢复原样：{reason}。")
-    again = ask(answer, model, 5, torch.Generator().manual_seed(14))
+    again = draw(5, torch.Generator().manual_seed(14))
     if not torch.equal(samples, again):
         raise Wrong("同一颗种子，两次样本不同：随机数没有全部来自 generator。")
-    ask(answer, model, 2000, torch.Generator().manual_seed(15))
-    z = seen[-1][0]
-    if abs(float(z.mean())) > 0.1 or abs(float(z.std()) - 1) > 0.1:
+    if torch.equal(samples, draw(5, generator)):
+        raise Wrong("同一个 generator 接着再抽，样本一点没变：随机数没有从 generator 里取。")
+    if not torch.equal(torch.get_rng_state(), others):
+        raise Wrong("你动了全局的随机源：随机数只该来自 generator，也不要用 torch.manual_seed。")
+    draw(2000, torch.Generator().manual_seed(15))
+    z = torch.cat([z for z, _, _ in seen]).double()
+    if not torch.allclose(z.mean(dim=0), 0 * z[0], atol=0.15) or not torch.allclose(z.T.cov(), torch.eye(3).double(), atol=0.15):
         raise Wrong("z 应来自先验，即标准正态 N(0, I)：用 randn。")
     model.fails = True
-    try:
-        answer(model, 5, torch.Generator().manual_seed(14))  # type: ignore[operator]
-    except RuntimeError:
-        pass
+    with contextlib.suppress(Wrong, Unanswered):
+        ask(answer, model, 5, torch.Generator().manual_seed(14))
     if state(model)[0] != modes:
         raise Wrong("decode 报错时，训练状态没有恢复：恢复要写在 finally 里，或者用 with eval_mode(...)。")
+
+
+def _prior(model, num_samples, generator):
+    return torch.randn(num_samples, model.latent_dim, generator=generator)
+
+
+@torch.no_grad()
+def _forgets_eval(model, num_samples, generator):
+    return model.decode(_prior(model, num_samples, generator))
+
+
+@torch.no_grad()
+def _calls_the_layers_itself(model, num_samples, generator):
+    with eval_mode(model):
+        return model.layers(_prior(model, num_samples, generator))
+
+
+def _forgets_no_grad(model, num_samples, generator):
+    with eval_mode(model):
+        return model.decode(_prior(model, num_samples, generator))
+
+
+@torch.no_grad()
+def _copies_but_forgets_eval(model, num_samples, generator):
+    return copy.deepcopy(model).decode(_prior(model, num_samples, generator))
+
+
+@torch.no_grad()
+def _clamps(model, num_samples, generator):
+    with eval_mode(model):
+        return model.decode(_prior(model, num_samples, generator)).clamp(0, 1)
+
+
+@torch.no_grad()
+def _stays_in_eval(model, num_samples, generator):
+    return model.eval().decode(_prior(model, num_samples, generator))
+
+
+@torch.no_grad()
+def _restores_only_the_top(model, num_samples, generator):
+    training = model.training
+    samples = model.eval().decode(_prior(model, num_samples, generator))
+    model.training = training
+    return samples
+
+
+@torch.no_grad()
+def _trains_everything_after(model, num_samples, generator):
+    samples = model.eval().decode(_prior(model, num_samples, generator))
+    model.train()
+    return samples
+
+
+@torch.no_grad()
+def _forgets_the_generator(model, num_samples, generator):
+    with eval_mode(model):
+        return model.decode(torch.randn(num_samples, model.latent_dim))
+
+
+@torch.no_grad()
+def _makes_its_own_generator(model, num_samples, generator):
+    own = torch.Generator().manual_seed(0)
+    with eval_mode(model):
+        return model.decode(_prior(model, num_samples, own))
+
+
+@torch.no_grad()
+def _seeds_the_global_source(model, num_samples, generator):
+    torch.manual_seed(int(torch.randint(1000, (), generator=generator)))
+    with eval_mode(model):
+        return model.decode(torch.randn(num_samples, model.latent_dim))
+
+
+@torch.no_grad()
+def _uniform(model, num_samples, generator):
+    with eval_mode(model):
+        return model.decode(torch.rand(num_samples, model.latent_dim, generator=generator))
+
+
+@torch.no_grad()
+def _one_number_for_every_dimension(model, num_samples, generator):
+    with eval_mode(model):
+        return model.decode(torch.randn(num_samples, 1, generator=generator).expand(-1, model.latent_dim))
+
+
+@torch.no_grad()
+def _restores_without_finally(model, num_samples, generator):
+    modes = [(module, module.training) for module in model.modules()]
+    samples = model.eval().decode(_prior(model, num_samples, generator))
+    for module, training in modes:
+        module.training = training
+    return samples
+
+
+known_wrong(
+    "1.4",
+    ("收到 形状 [5, 3] 的张量", _prior),  # 没有解码
+    ("应交 decode 的结果", lambda model, num_samples, generator: model),
+    ("还带着计算图", _forgets_no_grad),
+    ("运行统计量被改动了", _forgets_eval),
+    ("没有调用 decode", _calls_the_layers_itself),
+    ("还在训练状态", _copies_but_forgets_eval),
+    ("不要再加工", _clamps),
+    ("没有恢复原样：停在了 eval", _stays_in_eval),
+    ("有的子模块停在了 eval", _restores_only_the_top),
+    ("单独冻结的层也被打开了", _trains_everything_after),
+    ("随机数没有全部来自 generator", _forgets_the_generator),
+    ("没有从 generator 里取", _makes_its_own_generator),
+    ("动了全局的随机源", _seeds_the_global_source),
+    ("标准正态", _uniform),
+    ("标准正态", _one_number_for_every_dimension),
+    ("写在 finally 里", _restores_without_finally),
+)

@@ -1,25 +1,23 @@
 """第 02 章“编码器”的练习：检查，以及它认得的错答。"""
 
-from numbers import Integral
+import math
 
 import torch
 from torch import Tensor
 
-from vaelab.exercises.judging import ask, checks, known_wrong, Wrong
+from vaelab.exercises.judging import Wrong, ask, checks, finite, known_wrong, listed, whole
 
 
 @checks("2.1")
 def sizes_of_five_levels(answer: object) -> None:
-    if isinstance(answer, Tensor):
-        answer = answer.tolist()
-    if not isinstance(answer, (list, tuple)) or not all(isinstance(size, Integral) for size in answer):
-        raise Wrong(f"应交一个整数列表，如 [64, 32, …]，收到 {answer!r}。")
-    halve = torch.nn.Conv2d(1, 1, 3, stride=2, padding=1)
-    image, truth = torch.zeros(1, 1, 100, 100), []
+    """100×100 的图经过五级卷积，各级输出的边长。"""
+    what = "一个整数列表，如 [64, 32, …]"
+    given = [whole(size, what) for size in listed(answer, what)]
+    halve = torch.nn.Conv2d(1, 1, 3, stride=2, padding=1, device="meta")  # 只要形状，不必真算
+    image, truth = torch.zeros(1, 1, 100, 100, device="meta"), []
     for _ in range(5):
         image = halve(image)
         truth.append(image.shape[-1])
-    given = list(answer)
     if given == [100, *truth] or given == [100, *truth[:-1]]:
         raise Wrong("列表从第 1 级的输出写起，不含输入的 100，共五个数。")
     if len(given) != 5:
@@ -31,30 +29,50 @@ def sizes_of_five_levels(answer: object) -> None:
         raise Wrong(f"第 {first + 1} 级的 {given[first]} 不对；把上一级的边长代入尺寸公式再算一次。")
 
 
+known_wrong(
+    "2.1",
+    ("收到 12.5", [50, 25, 12.5, 6.25, 3.125]),  # 没有取整
+    ("应交一个整数列表", 4),  # 只交最后一级
+    ("不含输入的 100", [100, 50, 25, 13, 7, 4]),
+    ("不含输入的 100", [100, 50, 25, 13, 7]),
+    ("收到 4 个", [50, 25, 13, 7]),
+    ("向下取整", [50, 25, 12, 6, 3]),
+    ("第 1 级的 49 不对", [49, 24, 11, 5, 2]),  # 忘了填充
+    ("第 4 级的 6 不对", [50, 25, 13, 6, 3]),  # 有时向上，有时向下
+)
+
+
 @checks("2.2")
 def padding_that_keeps_the_size(answer: object) -> None:
     for k, d in [(3, 1), (1, 1), (5, 1), (3, 2), (5, 3), (7, 2)]:
-        reply = ask(answer, k, d)
-        try:
-            padding = float(reply)  # type: ignore[arg-type]
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise Wrong(f"k={k}、d={d} 时填充应为不小于 0 的整数，收到 {reply!r}。") from error
-        if not padding.is_integer() or padding < 0:
-            raise Wrong(f"k={k}、d={d} 时填充应为不小于 0 的整数，收到 {reply!r}。")
-        size = torch.nn.functional.conv2d(
-            torch.zeros(1, 1, 25, 25), torch.zeros(1, 1, k, k), padding=int(padding), dilation=d
-        ).shape[-1]
+        setting = f"k={k}、d={d} 时"
+        padding = whole(ask(answer, k, d), f"一个不小于 0 的整数（{setting}的填充）", least=0)
+        row, window = torch.zeros(1, 1, 25, device="meta"), torch.zeros(1, 1, k, device="meta")
+        size = torch.nn.functional.conv1d(row, window, padding=padding, dilation=d).shape[-1]
         if size == 25:
             continue
         if d > 1 and padding == k // 2:
-            raise Wrong(f"k={k}、d={d} 时 25 变成了 {size}：你忘了膨胀，窗口盖住的不是 k 格，而是 d(k−1)+1 格。")
-        if size > 25 and padding == d * (k - 1):
-            raise Wrong(f"k={k}、d={d} 时 25 变成了 {size}：填充是左右各一份，总量要平分到两边。")
-        raise Wrong(f"k={k}、d={d} 时你填充 {padding:g}，真的卷积把 25 变成了 {size}，应仍是 25。")
+            raise Wrong(f"{setting} 25 变成了 {size}：你忘了膨胀，窗口盖住的不是 k 格，而是 d(k−1)+1 格。")
+        if padding == d * (k - 1):
+            raise Wrong(f"{setting} 25 变成了 {size}：填充是左右各一份，总量要平分到两边。")
+        raise Wrong(f"{setting}你填充 {padding}，真的卷积把 25 变成了 {size}，应仍是 25。")
+
+
+known_wrong(
+    "2.2",
+    ("不小于 0 的整数（k=3、d=1 时的填充），收到 1.5", lambda k, d: d * k / 2),
+    ("不小于 0 的整数（k=3、d=1 时的填充），收到 -1", lambda k, d: -d * (k - 1) // 2),  # 移项时丢了负号
+    ("忘了膨胀", lambda k, d: k // 2),
+    ("平分到两边", lambda k, d: d * (k - 1)),
+    ("平分到两边", lambda k, d: k - 1),
+    ("k=3、d=2 时你填充 3", lambda k, d: d * k // 2),
+)
 
 
 @checks("2.3")
 def receptive_field(answer: object) -> None:
+    """最后一级第 unit 个单元在原图上的视野 (first, last)。"""
+
     def touched(unit: int, layers: list) -> tuple[int, int]:  # 逐级列出用到的每一个单元，不用递推式
         units = {unit}
         for k, s, p, d in reversed(layers):
@@ -64,23 +82,56 @@ def receptive_field(answer: object) -> None:
     down = (3, 2, 1, 1)
     mixed = [(5, 1, 2, 1), (3, 2, 0, 2), (4, 3, 1, 1)]
     for unit, layers in [(0, [down]), (3, [down]), (0, [down] * 5), (1, [down] * 5), (2, mixed), (5, mixed[::-1])]:
-        got, truth = ask(answer, unit, list(layers)), touched(unit, layers)
-        where = f"unit={unit}、layers={list(layers)} 时"
-        try:
-            first, last = (int(end) for end in got)
-        except (TypeError, ValueError) as error:
-            raise Wrong(f"应返回两个整数 (first, last)，收到 {got!r}。") from error
+        what = "两个整数 (first, last)"
+        first, last = (whole(end, what) for end in listed(ask(answer, unit, list(layers)), what, 2))
+        truth, where = touched(unit, layers), f"unit={unit}、layers={layers} 时"
         if (first, last) == truth:
             continue
         if first >= 0 > truth[0]:
             raise Wrong(f"{where}视野从图外开始，first 应为负数，你给出 {first}；是不是忘了减填充 p，或按边界裁剪了？")
-        if (first, last) == touched(unit, [(k, s, 0, d) for k, s, p, d in layers]):
-            raise Wrong(f"{where}长度对，位置偏了 {first - truth[0]} 像素：每级的填充把起点往左移 p 个上一级的单元。")
         if (first, last) == touched(unit, layers[::-1]):
             raise Wrong(f"{where}结果像是把各级倒着走了：应从最后一级往图像的方向，一级一级推回去。")
         if last - first != truth[1] - truth[0]:
             raise Wrong(f"{where}视野长 {last - first + 1}，应为 {truth[1] - truth[0] + 1}；窗口的最后一格是 s·i − p + d·(k−1)。")
         raise Wrong(f"{where}长度对，起点 {first} 不对；检查步长与填充。")
+
+
+def _walks_back(unit, layers, step):
+    """从最后一级推回图像，每级走一步 ``step``。"""
+    first = last = unit
+    for layer in reversed(layers):
+        first, last = step(first, last, *layer)
+    return first, last
+
+
+def _clips_to_the_image(unit, layers):
+    first, last = _walks_back(unit, layers, lambda first, last, k, s, p, d: (s * first - p, s * last - p + d * (k - 1)))
+    return max(first, 0), last
+
+
+def _paddings_not_scaled_by_strides(unit, layers):
+    jump = math.prod(s for _, s, _, _ in layers)
+    first, length = unit * jump - sum(p for _, _, p, _ in layers), 1
+    for k, s, _, d in reversed(layers):
+        length = s * (length - 1) + d * (k - 1) + 1
+    return first, first + length - 1
+
+
+known_wrong(
+    "2.3",
+    ("应交两个整数", lambda unit, layers: 2 ** (len(layers) + 1) - 1),  # 只交了感受野的边长
+    ("忘了减填充 p", lambda unit, layers: _walks_back(unit, layers, lambda first, last, k, s, p, d: (s * first, s * last + d * (k - 1)))),
+    ("按边界裁剪了", _clips_to_the_image),
+    ("倒着走了", lambda unit, layers: _walks_back(
+        unit, layers[::-1], lambda first, last, k, s, p, d: (s * first - p, s * last - p + d * (k - 1)))),
+    ("视野长 4，应为 3", lambda unit, layers: _walks_back(unit, layers, lambda first, last, k, s, p, d: (s * first - p, s * last - p + d * k))),
+    ("视野长 1，应为 3", lambda unit, layers: _walks_back(unit, layers, lambda first, last, k, s, p, d: (s * first - p, s * last - p))),
+    ("窗口的最后一格", lambda unit, layers: _walks_back(
+        unit, layers, lambda first, last, k, s, p, d: (s * first - p, s * last - p + k - 1))),  # 忘了膨胀
+    ("起点 2 不对", lambda unit, layers: _walks_back(
+        unit, layers, lambda first, last, k, s, p, d: (first - p, last - p + d * (k - 1)))),  # 忘了步长
+    ("起点 -5 不对", _paddings_not_scaled_by_strides),
+)  # fmt: skip
 
 
 @checks("2.4")
@@ -90,16 +141,13 @@ def slope_of_the_kl_in_log_std(answer: object) -> None:
     p = torch.distributions.Normal(torch.zeros_like(log_std), torch.ones_like(log_std))
     (truth,) = torch.autograd.grad(torch.distributions.kl_divergence(q, p).sum(), log_std)
     given = log_std.detach()
-    try:
-        got = torch.as_tensor(ask(answer, given.clone()), dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise Wrong("应返回与 log_std 同形的张量。") from error
-
-    def is_like(other: Tensor) -> bool:
-        return torch.allclose(got, other, atol=1e-8)
-
+    got = finite(ask(answer, given.clone()), "与 log_std 同形的张量")
     if got.shape != truth.shape:
         raise Wrong(f"应返回与 log_std 同形的张量 {list(truth.shape)}，收到 {list(got.shape)}。")
+
+    def is_like(other: Tensor) -> bool:
+        return torch.allclose(got, other, atol=1e-6)
+
     if is_like(truth):
         return
     if is_like(truth / 2):
@@ -108,7 +156,20 @@ def slope_of_the_kl_in_log_std(answer: object) -> None:
         raise Wrong("这是对 σ 的导数；还要乘 ∂σ/∂t = σ。")
     if is_like(-truth):
         raise Wrong("符号反了：σ 比 1 大时 KL 随 t 增大，导数应为正。")
-    if not torch.isclose(got[2], truth[2], atol=1e-8):
+    if not torch.isclose(got[2], truth[2], atol=1e-6):
         raise Wrong(f"t = 0 时 q 与先验等宽，导数应为 0，你给出 {got[2]:.3g}。")
     worst = int((got - truth).abs().argmax())
     raise Wrong(f"t = {given[worst]:.1f} 时你给出 {got[worst]:.4g}，autograd 给出 {truth[worst]:.4g}。")
+
+
+known_wrong(
+    "2.4",
+    ("应交与 log_std 同形的张量", lambda t: "σ² − 1"),
+    ("有 NaN", lambda t: t.log()),
+    ("同形的张量 [5]，收到 []", lambda t: ((2 * t).exp() - 1).sum()),
+    ("对 log σ² 的导数", lambda t: 0.5 * ((2 * t).exp() - 1)),
+    ("对 σ 的导数", lambda t: t.exp() - (-t).exp()),
+    ("符号反了", lambda t: 1 - (2 * t).exp()),
+    ("导数应为 0，你给出 1", lambda t: (2 * t).exp()),  # 丢了 −1
+    ("t = 1.0 时你给出 1.718，", lambda t: t.exp() - 1),  # 把 t 当成 log σ²
+)

@@ -2,15 +2,17 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from vaelab.exercises.judging import ask, checks, known_wrong, Wrong
+from vaelab.exercises.judging import Wrong, ask, checks, finite, known_wrong, listed, number, whole
 
 
 @checks("3.1")
 def padding_of_a_four_wide_kernel(answer: object) -> None:
-    if not isinstance(answer, (tuple, list)) or len(answer) != 2 or not all(type(v) is int for v in answer):
-        raise Wrong(f"这里应交两个整数 (padding, output_padding)，收到 {answer!r}。")
-    padding, output_padding = answer
+    """核为 4、步长为 2 时，使边长恰好加倍的 (padding, output_padding)。"""
+    what = "两个整数 (padding, output_padding)"
+    padding, output_padding = (whole(value, what) for value in listed(answer, what, 2))
     try:
         layer = torch.nn.ConvTranspose2d(1, 1, 4, stride=2, padding=padding, output_padding=output_padding)
         got = [layer(torch.zeros(1, 1, h, h, dtype=layer.weight.dtype)).shape[-1] for h in (3, 8)]
@@ -26,94 +28,204 @@ def padding_of_a_four_wide_kernel(answer: object) -> None:
         )
 
 
+known_wrong(
+    "3.1",
+    ("应交两个整数", 1),  # 只交了 padding
+    ("收到 0.5", (0.5, -1)),
+    ("真实的层不接受 padding=0、output_padding=-2", (0, -2)),  # 这三组都满足 o = 2p − 2
+    ("真实的层不接受 padding=2、output_padding=2", (2, 2)),
+    ("真实的层不接受 padding=5、output_padding=8", (5, 8)),
+    ("真实的层不接受 padding=5、output_padding=0", (5, 0)),  # 裁光
+    ("变成了 7、17", (1, 1)),  # 照抄核为 3 的
+    ("变成了 8、18", (0, 0)),
+    ("变成了 5、15", (2, 1)),  # 两样都加 1
+)
+
+
+class Convolutions(TorchFunctionMode):
+    """在 with 之内，记下调用过的卷积函数。"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        self.called += [name] * ("conv" in name)
+        return function(*args, **(kwargs or {}))
+
+
 @checks("3.2")
 def transposed_convolution_by_stamps(answer: object) -> None:
-    transposed = torch.nn.functional.conv_transpose2d
+    transposed = F.conv_transpose2d
     generator = torch.Generator().manual_seed(32)
     for height, width, size, stride, padding, extra in (
         (3, 3, 3, 2, 0, 0), (3, 4, 3, 2, 1, 0), (4, 3, 3, 2, 1, 1), (2, 3, 4, 3, 1, 2), (2, 2, 2, 2, 0, 1), (1, 1, 3, 1, 0, 0),
     ):  # fmt: skip
         x = torch.randn(height, width, generator=generator, dtype=torch.float64)
         k = torch.randn(size, size, generator=generator, dtype=torch.float64)
-        got = ask(answer, x, k, stride, padding, extra)
+        with Convolutions() as convolutions:
+            reply = ask(answer, x.clone(), k.clone(), stride, padding, extra)
+        if convolutions.called:
+            raise Wrong(f"你调用了卷积函数 {convolutions.called[0]}；题目要自己盖章。")
         options = {"stride": stride, "padding": padding, "output_padding": extra}
         setting = f"输入 {height}×{width}、核 {size}×{size}、" + "、".join(f"{a}={b}" for a, b in options.items())
-        truth = transposed(x[None, None], k[None, None], **options)[0, 0]
-        if not isinstance(got, Tensor) or got.dim() != 2:
-            raise Wrong("这里应返回二维张量 [H', W']。")
+        got = finite(reply, "二维张量 [H', W']")
+
+        def stamped(x: Tensor, k: Tensor, **changed: int) -> Tensor:
+            return transposed(x[None, None], k[None, None], **options | changed)[0, 0]
+
+        truth = stamped(x, k)
+        if got.dim() != 2:
+            raise Wrong(f"这里应返回二维张量 [H', W']，收到 {list(got.shape)}。")
         if got.shape != truth.shape:
             reason = "output_padding 让下边和右边少裁几格" if extra else "画布边长是 (H−1)·stride+K，两边各裁 padding 格"
+            reason = "output_padding 大于 padding，画布本身不够大，要先加宽" if extra > padding else reason
             raise Wrong(f"{setting}：输出应为 {list(truth.shape)}，收到 {list(got.shape)}；{reason}。")
-        got = got.to(torch.float64)
-        if torch.allclose(got, truth, atol=1e-6):
+
+        def is_like(other: Tensor) -> bool:
+            return torch.allclose(got, other, atol=1e-5)
+
+        if is_like(truth):
             continue
-        if torch.allclose(got, transposed(x[None, None], k.flip(0, 1)[None, None], **options)[0, 0], atol=1e-6):
+        if is_like(stamped(x, k.flip(0, 1))):
             raise Wrong(f"{setting}：你把核翻转了；翻转属于插零的写法，盖章时核照原样盖。")
-        if torch.allclose(got, transposed(x[None, None], k.T[None, None], **options)[0, 0], atol=1e-6):
+        if is_like(stamped(x, k.T)):
             raise Wrong(f"{setting}：你把核的行与列弄反了。")
-        if stride < size and torch.allclose(got[0, 0], truth[0, 0], atol=1e-6):
+        stamps = stamped(torch.ones_like(x), torch.ones_like(k))  # 每格盖了几次
+        if torch.allclose(got[stamps < 2], truth[stamps < 2], atol=1e-5):
             raise Wrong(f"{setting}：形状对了，左上角也对，重叠的地方不对；重叠处应相加（+=），而不是覆盖（=）。")
+        if is_like(F.pad(stamped(x, k, output_padding=0), (0, extra, 0, extra))):
+            raise Wrong(f"{setting}：你在下边和右边补了 0；output_padding 是少裁，露出的是画布上真实的内容。")
+        if is_like(stamped(x.flip(0, 1), k.flip(0, 1)).flip(0, 1)):
+            raise Wrong(f"{setting}：少裁的 {extra} 格应在下边和右边，你留在了上边和左边。")
         raise Wrong(f"{setting}：形状对了，数不对；逐个像素核对章的左上角在画布的第 i·stride 行、第 j·stride 列。")
+
+
+def _stamps(x, k, stride, padding, output_padding, *, spread=0, pitch=None, add=True, early=0):
+    """盖章，可以错在几处：画布加宽 ``spread`` 格，章距 ``pitch``，不相加而覆盖，裁的时候挪早 ``early`` 格。"""
+    height, width = ((n - 1) * stride + len(k) for n in x.shape)
+    pitch = pitch or stride
+    canvas = torch.zeros(height + spread, width + spread)
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            place = canvas[i * pitch : i * pitch + len(k), j * pitch : j * pitch + len(k)]
+            place.copy_(x[i, j] * k + place * add)
+    cut, rest = padding - early, output_padding - padding - early
+    return canvas[cut : height + rest, cut : width + rest]
+
+
+def _zeros_for_output_padding(x, k, stride, padding, output_padding):
+    return F.pad(_stamps(x, k, stride, padding, 0), (0, output_padding, 0, output_padding))
+
+
+known_wrong(
+    "3.2",
+    ("卷积函数 conv_transpose2d", lambda x, k, s, p, o: F.conv_transpose2d(x[None, None], k[None, None], None, s, p, o)[0, 0]),
+    ("应交二维张量", lambda x, k, s, p, o: "画布"),
+    ("收到 [1, 1, 7, 7]", lambda x, k, s, p, o: _stamps(x, k, s, p, o, spread=o)[None, None]),
+    ("画布边长是", lambda x, k, s, p, o: _stamps(x, k, s, 0, o, spread=o)),  # 没有裁
+    ("少裁几格", lambda x, k, s, p, o: _stamps(x, k, s, p, 0)),  # 没有理会 output_padding
+    ("要先加宽", _stamps),
+    ("把核翻转了", lambda x, k, s, p, o: _stamps(x, k.flip(0, 1), s, p, o, spread=o)),
+    ("行与列弄反了", lambda x, k, s, p, o: _stamps(x, k.T, s, p, o, spread=o)),
+    ("而不是覆盖", lambda x, k, s, p, o: _stamps(x, k, s, p, o, spread=o, add=False)),
+    ("露出的是画布上真实的内容", _zeros_for_output_padding),
+    ("你留在了上边和左边", lambda x, k, s, p, o: _stamps(x, k, s, p, o, spread=o, early=o)),
+    ("逐个像素核对", lambda x, k, s, p, o: _stamps(x, k, s, p, o, spread=o, pitch=1)),  # 章距忘了乘步长
+)
 
 
 @checks("3.3")
 def bilinear_kernel(answer: object) -> None:
-    try:
-        k = torch.as_tensor(answer, dtype=torch.float64).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise Wrong(f"这里应交一个 4×4 的张量，收到 {type(answer).__name__}。") from error
+    """使步长 2、填充 1 的转置卷积等于双线性放大的 4×4 核。"""
+    k = finite(answer, "一个 4×4 的张量")
     if k.shape != (4, 4):
         raise Wrong(f"核应为 4×4，收到 {list(k.shape)}；由一维的核可以用 torch.outer 得到二维的。")
-    functional = torch.nn.functional
 
     def enlarge(x: Tensor) -> Tensor:
-        return functional.conv_transpose2d(x, k[None, None], stride=2, padding=1)[..., 4:-4, 4:-4]
+        return F.conv_transpose2d(x, k[None, None], stride=2, padding=1)[..., 4:-4, 4:-4]
 
     flat = enlarge(torch.ones(1, 1, 8, 8, dtype=torch.float64))
-    if flat.max() - flat.min() > 1e-6:
+    if flat.max() - flat.min() > 1e-5:
         raise Wrong("常数图放大后出现了棋盘格：核的四个相位之和不相等，见式(3.9)。")
-    if abs(float(flat[0, 0, 0, 0]) - 1) > 1e-6:
+    if abs(float(flat[0, 0, 0, 0]) - 1) > 1e-5:
         raise Wrong(
             f"常数图 1 放大后变成了 {float(flat[0, 0, 0, 0]):.4g}；步长 2 时每格只收到核的四个相位之一，"
             "所以要归一的是每一相的和，不是整个核的和。"
         )
     x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(33), dtype=torch.float64)
-    truth = functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)[..., 4:-4, 4:-4]
-    nearest = functional.interpolate(x, scale_factor=2, mode="nearest")[..., 4:-4, 4:-4]
-    if torch.allclose(enlarge(x), nearest, atol=1e-6):
+    truth = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)[..., 4:-4, 4:-4]
+    nearest = F.interpolate(x, scale_factor=2, mode="nearest")[..., 4:-4, 4:-4]
+    if torch.allclose(enlarge(x), nearest, atol=1e-5):
         raise Wrong("这是最近邻放大：没有棋盘格，但每个输出只看了一个输入；双线性要看两个邻居，权重由距离定。")
-    if not torch.allclose(enlarge(x), truth, atol=1e-6):
+    if not torch.allclose(enlarge(x), truth, atol=1e-5):
         raise Wrong(
             "没有棋盘格，但插值的权重不对：输出像素 2i 的中心在 i−¼，它离 i 和 i−1 各多远，权重就反着分；"
             "再想想这两个权重各在核的第几个位置。"
         )
 
 
+def _square(*line: float) -> Tensor:
+    return torch.outer(torch.tensor(line), torch.tensor(line))
+
+
+known_wrong(
+    "3.3",
+    ("应交一个 4×4 的张量", "双线性"),
+    ("核应为 4×4，收到 [4]", torch.tensor([0.25, 0.75, 0.75, 0.25])),
+    ("出现了棋盘格", _square(0.75, 0.25, 0.75, 0.25)),  # 两个输出的权重依次排下来
+    ("放大后变成了 0.25", _square(1, 3, 3, 1) / 64),  # 总和归一
+    ("放大后变成了 16", _square(1, 3, 3, 1)),  # 没有归一
+    ("最近邻放大", _square(0, 1, 1, 0)),
+    ("插值的权重不对", _square(0.75, 0.25, 0.25, 0.75)),  # 权重没有反着分
+    ("插值的权重不对", _square(0.5, 0.5, 0.5, 0.5)),  # 两个邻居平分
+)
+
+
 @checks("3.4")
 def best_noise_variance(answer: object) -> None:
+    """固定重建，使负对数似然最小的 σ²。"""
     generator = torch.Generator().manual_seed(34)
     x = torch.rand(3, 2, 4, 5, generator=generator, dtype=torch.float64) * 2 - 1
     x_hat = x + 0.3 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    got = ask(answer, x, x_hat)
-    try:
-        value = float(got)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise Wrong("这里应返回一个数：一批图像共用一个 σ²。") from error
-    if not 0 < value < float("inf"):
+    value = number(ask(answer, x.clone(), x_hat.clone()), "一个数：一批图像共用一个 σ²")
+    if value <= 0:
         raise Wrong(f"方差应是正数，收到 {value:.4g}。")
 
-    def is_stationary(variance: float) -> bool:
-        log_variance = torch.tensor(variance, dtype=torch.float64).log().requires_grad_()
-        density = torch.distributions.Normal(x_hat, (0.5 * log_variance).exp())
-        density.log_prob(x).mean().backward()
-        return abs(float(log_variance.grad)) < 1e-6
+    def is_stationary(*variances: float) -> bool:
+        # 大得或小得离谱的数，梯度是 NaN，不等于零；Normal 不必为它报错
+        log_variance = torch.tensor(variances, dtype=torch.float64).log().requires_grad_()
+        scale = (0.5 * log_variance).exp()[:, None, None, None, None]
+        density = torch.distributions.Normal(x_hat, scale, validate_args=False).log_prob(x)
+        (slope,) = torch.autograd.grad(density.mean(dim=(1, 2, 3, 4)).sum(), log_variance)
+        return bool((slope.abs() < 1e-5).any())
 
+    images, pixels = len(x), x[0].numel()
     if is_stationary(value):
         return
-    if is_stationary(value**2):
+    if is_stationary(value * value):
         raise Wrong("你给出的是标准差 σ，题目要的是方差 σ²。")
-    if is_stationary(value / x.numel()) or is_stationary(value / x[0].numel()):
+    if is_stationary(value / x.numel(), value / pixels):
         raise Wrong("你只求了平方误差的和；D/2·log σ² 对 σ² 的导数带着 D，别忘了除以它。")
-    if is_stationary(2 * value) or is_stationary(value / 2):
+    if is_stationary(value / images):
+        raise Wrong("大了 B 倍：分子是整批的平方误差之和，第二项也要加 B 次，该除以 BD。")
+    if is_stationary(2 * value, value / 2):
         raise Wrong("差一个 2 倍：第一项的分母 2σ² 与第二项的 D/2 里各有一个 2，求导后应当约掉。")
     raise Wrong(f"σ² = {value:.4g} 处，−log p 对 σ² 的导数不为零；从式(3.12) 对 σ² 求导，令它为零。")
+
+
+known_wrong(
+    "3.4",
+    ("一批图像共用一个 σ²，收到 形状 [3] 的张量", lambda x, x_hat: (x - x_hat).square().mean(dim=(1, 2, 3))),  # 每张图一个
+    ("不是有限的数", lambda x, x_hat: (x - x_hat).sqrt().mean()),  # 平方写成了开方
+    ("方差应是正数", lambda x, x_hat: (x - x_hat).square().mean().log()),  # 交了 log σ²
+    ("标准差 σ", lambda x, x_hat: (x - x_hat).square().mean().sqrt()),
+    ("只求了平方误差的和", lambda x, x_hat: (x - x_hat).square().sum()),
+    ("只求了平方误差的和", lambda x, x_hat: (x - x_hat).square().sum(dim=(1, 2, 3)).mean()),
+    ("大了 B 倍", lambda x, x_hat: (x - x_hat).square().sum() / x[0].numel()),
+    ("差一个 2 倍", lambda x, x_hat: (x - x_hat).square().mean() / 2),
+    ("差一个 2 倍", lambda x, x_hat: 2 * (x - x_hat).square().mean()),
+    ("导数不为零", lambda x, x_hat: (x - x_hat).var()),  # 减去了平均
+    ("导数不为零", lambda x, x_hat: (x - x_hat).abs().mean()),
+)

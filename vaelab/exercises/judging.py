@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -54,7 +55,7 @@ def all_checks() -> dict[str, Checker]:
 def ask(answer: object, *args: object) -> object:
     """以 ``args`` 调用作答的函数并返回结果；没有作答（None 或 ...）抛 Unanswered，运行出错抛 Wrong。"""
     if not callable(answer):
-        raise Wrong(f"这里应交一个函数，收到 {answer!r}。")
+        raise Wrong(f"这里应交一个函数，收到 {shown(answer)}。")
     try:
         result = answer(*args)
     except NotImplementedError as error:
@@ -101,3 +102,33 @@ def close(got: object, truth: Tensor, atol: float = 1e-5) -> bool:
     """``got`` 与 ``truth`` 同形且逐元素相近。"""
     got = as_double(got)
     return got.shape == truth.shape and bool(((got - truth).abs() <= atol * (1 + truth.abs())).all())
+
+
+def whole(value: object, what: str, least: float = -math.inf) -> int:
+    """``value`` 当作一个不小于 ``least`` 的整数，7.0 也算；不是就抛 Wrong，说明应交 ``what``。"""
+    result = number(value, what)
+    # 大得离谱的数也不收：拿它去建层、分配内存，检查自己会倒下
+    if isinstance(value, bool) or not result.is_integer() or not least <= result <= 1e9:
+        raise Wrong(f"应交{what}，收到 {shown(value)}。")
+    return int(result)
+
+
+def listed(answer: object, what: str, count: int | None = None) -> list:
+    """``answer`` 当作一列（``count`` 个）东西，元组、张量、数组也算；不是就抛 Wrong，说明应交 ``what``。"""
+    items = answer.tolist() if hasattr(answer, "tolist") else answer
+    if not isinstance(items, (list, tuple)) or count not in (None, len(items)):
+        raise Wrong(f"应交{what}，收到 {shown(answer)}。")
+    return list(items)
+
+
+def finite(value: object, what: str) -> Tensor:
+    """``value`` 当作没有 NaN 与无穷的张量，给出 float64 的一份；不是就抛 Wrong，说明应交 ``what``。"""
+    try:
+        with warnings.catch_warnings():  # 一列张量、复数，torch 都另有话说，读者不必看见
+            warnings.simplefilter("ignore")
+            result = as_double(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise Wrong(f"应交{what}，收到 {shown(value)}。") from error
+    if not torch.isfinite(result).all():
+        raise Wrong(f"应交{what}，收到的里面有 NaN 或无穷；先看看哪一步除以了零，或对负数取了对数。")
+    return result
