@@ -6,8 +6,8 @@ r"""变分自动编码器（VAE），一个文件，从上到下十分钟读完�
 编码器给出近似后验 q(z|x) = N(mu, diag(exp(log_var)))，解码器给出似然 p(x|z) = N(recons, σ²I)，
 先验 p(z) = N(0, I)。训练最大化证据下界（ELBO）：E_q[log p(x|z)] − KL(q(z|x) ‖ p(z))。
 
-属性名、方法名与广为流传的公开 VanillaVAE 一致，它的检查点可以直接载入
-（``load_state_dict(strict=True)``）；它的错处在这里已改正，逐条见 notebooks/01_walkthrough.ipynb。
+属性名、方法名与广为流传的公开 VanillaVAE 一致，它的检查点可以直接载入（``load_state_dict(strict=True)``）；
+它的错处在这里已改正，逐条见 notebooks/01_walkthrough.ipynb。
 
 来源：Kingma & Welling, *Auto-Encoding Variational Bayes*, arXiv:1312.6114，式 (10)。
 
@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 
-# 等待时少空转：别的程序也在忙时，训练快许多倍。只对 GCC 的 OpenMP 起作用，须在 import torch 之前。
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # 别的程序也在忙时少空转；须在 import torch 之前，只对 GCC 的 OpenMP 起作用
 
 import torch
 from torch import nn
@@ -31,45 +30,6 @@ from _type import Generator, LossDict, Sequence, Tensor
 
 # log_var 的范围：std 从 3e-7 到 2.2e4。界外的指数会下溢或上溢，而界内的数原样通过。
 LOG_VAR_MIN, LOG_VAR_MAX = -30.0, 20.0
-
-
-def positive_int(name: str, value: object) -> int:
-    """``value`` 是正整数就原样返回，否则报 TypeError 或 ValueError，并说明 ``name`` 应该是什么。"""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} 应为正整数，收到 {value!r}（{type(value).__name__}）；请传入如 128 这样的整数。")
-    if value < 1:
-        raise ValueError(f"{name} 应为正整数，收到 {value}；请改为 1 或更大的整数。")
-    return int(value)
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """临时进入 eval，出来时每个子模块恢复原样（包括被单独冻结的）。"""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training
-
-
-def down_block(c_in: int, c_out: int) -> nn.Sequential:
-    """编码器的一级：``[B, c_in, H, W]`` → ``[B, c_out, H/2, W/2]``，H、W 为偶数。"""
-    return nn.Sequential(
-        nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1),
-        nn.BatchNorm2d(c_out),
-        nn.LeakyReLU(inplace=True),
-    )
-
-
-def up_block(c_in: int, c_out: int) -> list[nn.Module]:
-    """解码器的一级：``[B, c_in, H, W]`` → ``[B, c_out, 2H, 2W]``。``output_padding=1`` 补足被取整丢掉的一行。"""
-    return [
-        nn.ConvTranspose2d(c_in, c_out, kernel_size=3, stride=2, padding=1, output_padding=1),
-        nn.BatchNorm2d(c_out),
-        nn.LeakyReLU(inplace=True),
-    ]
 
 
 class VanillaVAE(nn.Module):
@@ -246,16 +206,52 @@ class VanillaVAE(nn.Module):
                 "请调整图像，或用相符的 in_channels、image_size 建模型。"
             )
         if self.training and self.bottom == 1 and x.shape[0] == 1:
-            raise ValueError(
-                "训练时的批应至少有 2 张图，收到 1 张：最深一级特征图只有 1×1，批归一化没有可统计的量；"
-                "请加大批，或先调用 eval()。"
-            )
+            raise ValueError("训练时的批应至少有 2 张图，收到 1 张：最深一级特征图只有 1×1，批归一化没有可统计的量；请加大批，或先调用 eval()。")
 
     @staticmethod
     def _noise(shape: Sequence[int], like: Tensor, generator: Generator | None) -> Tensor:
         if generator is None:
             return torch.randn(shape, device=like.device, dtype=like.dtype)
         return torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+
+
+def positive_int(name: str, value: object) -> int:
+    """``value`` 是正整数就原样返回，否则报 TypeError 或 ValueError，并说明 ``name`` 应该是什么。"""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} 应为正整数，收到 {value!r}（{type(value).__name__}）；请传入如 128 这样的整数。")
+    if value < 1:
+        raise ValueError(f"{name} 应为正整数，收到 {value}；请改为 1 或更大的整数。")
+    return int(value)
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """临时进入 eval，出来时每个子模块恢复原样（包括被单独冻结的）。"""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+def down_block(c_in: int, c_out: int) -> nn.Sequential:
+    """编码器的一级：``[B, c_in, H, W]`` → ``[B, c_out, H/2, W/2]``，H、W 为偶数。"""
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1),
+        nn.BatchNorm2d(c_out),
+        nn.LeakyReLU(inplace=True),
+    )
+
+
+def up_block(c_in: int, c_out: int) -> list[nn.Module]:
+    """解码器的一级：``[B, c_in, H, W]`` → ``[B, c_out, 2H, 2W]``。``output_padding=1`` 补足被取整丢掉的一行。"""
+    return [
+        nn.ConvTranspose2d(c_in, c_out, kernel_size=3, stride=2, padding=1, output_padding=1),
+        nn.BatchNorm2d(c_out),
+        nn.LeakyReLU(inplace=True),
+    ]
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 import io
 import os
 import re
-import runpy
-import shutil
 import subprocess
 import sys
 
@@ -13,14 +11,12 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from figures_plugin import _trained_difference, figure_difference, free_threads
 from nbclient import NotebookClient
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from conftest import ROOT
 from vaelab import data, plot, provenance
-
-# 根目录的 conftest.py 不能按名字导入：tests/ 里也有一个同名的
-figure_difference = runpy.run_path(str(ROOT / "conftest.py"))["figure_difference"]
 
 X = np.linspace(-4, 4, 200)
 
@@ -179,7 +175,6 @@ def test_pixels_that_were_changed_lose_their_label():
 def test_content_of_every_kind_of_plot():
     """条、面、散点、位图、对数轴都记得下来；放大一倍都看得出。"""
     plot.use_chinese_font()
-    alike = runpy.run_path(str(ROOT / "conftest.py"))["_trained_difference"]
 
     def drawn(scale: float) -> dict:
         figure, axes = matplotlib.pyplot.subplots(1, 5)
@@ -194,14 +189,13 @@ def test_content_of_every_kind_of_plot():
 
     names = {name.split()[-1] for name, _ in drawn(1)["series"]}
     assert {"横轴", "纵轴", "x", "y", "面", "亮度", "纹理", "色标"} <= names and any(name.endswith("上") for name in names)
-    assert alike(drawn(1.02), drawn(1)) < 1
+    assert _trained_difference(drawn(1.02), drawn(1)) < 1
     for number in range(5):
         one, two = ({**each, "series": [s for s in each["series"] if s[0].startswith(str(number))]} for each in (drawn(1), drawn(2)))
-        assert alike(two, one) > 1, number
+        assert _trained_difference(two, one) > 1, number
 
 
 def test_a_grid_of_faces_is_told_from_noise_blanks_and_negatives():
-    alike = runpy.run_path(str(ROOT / "conftest.py"))["_trained_difference"]
     generator = torch.Generator().manual_seed(0)
     faces, others = data.draw_faces(torch.rand(32, 12, generator=generator), 32).split(16)
     noise = torch.randint(0, 256, faces.shape, dtype=torch.uint8, generator=generator)
@@ -214,9 +208,9 @@ def test_a_grid_of_faces_is_told_from_noise_blanks_and_negatives():
 
     blurred = torch.nn.functional.avg_pool2d(others.float(), 3, 1, 1).to(torch.uint8)
     for fine in (others, blurred, (faces.float() * 0.9 + 10).to(torch.uint8)):  # 另一批脸、糊一点、暗一点
-        assert alike(drawn(fine), drawn(faces)) < 1
+        assert _trained_difference(drawn(fine), drawn(faces)) < 1
     for wrong in (noise, torch.full_like(faces, 255), torch.zeros_like(faces), torch.full_like(faces, 128), (faces.float() + noise).div(2).to(torch.uint8)):
-        assert alike(drawn(wrong), drawn(faces)) > 1
+        assert _trained_difference(drawn(wrong), drawn(faces)) > 1
 
 
 # —— 哪些图是训练出来的：由规则定，不列名单 ——
@@ -269,7 +263,7 @@ def test_the_machine_has_a_name():
     assert len(set(names)) == 3  # 认不出的机器，由试算分开
 
 
-# —— nbval 与 conftest.py 一起，在真的内核上 ——
+# —— nbval 与 figures_plugin.py 一起，在真的内核上 ——
 
 CURVE = "plt.figure(figsize=(4, 2)); plt.plot(range(9), [(x - 4) ** 2 * {} for x in range(9)]); plt.show()"
 WARN = "import sys; print('x', file=sys.stderr)"
@@ -307,7 +301,6 @@ CASES = [  # 执行并存下的源码，重跑的源码，应不应通过；重�
 
 def test_strict_nbval_sees_pictures_warnings_unexecuted_cells_and_a_dead_kernel(tmp_path):
     """每个单元是一种情形；存着的输出先由真的执行得到，再弄坏源码。"""
-    shutil.copy(ROOT / "conftest.py", tmp_path)
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(stored) for stored, _, _ in CASES])
     NotebookClient(book, kernel_name="python3").execute()
     for each, (_, source, _) in zip(book.cells, CASES):
@@ -315,8 +308,8 @@ def test_strict_nbval_sees_pictures_warnings_unexecuted_cells_and_a_dead_kernel(
     book.cells[4].update(execution_count=None, outputs=[])
     book.cells[5].metadata["tags"] = ["nbval-ignore-output"]
     nbformat.write(book, tmp_path / "case.ipynb")
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", "-rA", "-p", "no:cacheprovider", "case.ipynb"]
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}  # 存的时候是 1
+    command = [sys.executable, "-m", "pytest", "-p", "figures_plugin", "-q", "-rA", "-p", "no:cacheprovider", "case.ipynb"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}  # 存的时候是 1
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8")
     passed = {int(number) for number in re.findall(r"^PASSED .*Cell (\d+)", done.stdout, re.MULTILINE)}
     assert passed == {index for index, (_, _, good) in enumerate(CASES) if good}, done.stdout
@@ -326,7 +319,6 @@ def test_strict_nbval_sees_pictures_warnings_unexecuted_cells_and_a_dead_kernel(
 
 def test_a_busy_machine_leaves_its_cores_alone(monkeypatch):
     """四个核的机器，别的程序占着零到四个核时，内核用几个线程。"""
-    free_threads = runpy.run_path(str(ROOT / "conftest.py"))["free_threads"]
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     for taken, expected in ((0.0, None), (0.4, None), (1.0, 3), (2.0, 2), (3.0, 1), (4.0, 1)):
         monkeypatch.setattr("psutil.cpu_percent", lambda interval, taken=taken: 100 * taken / 4)

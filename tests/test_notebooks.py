@@ -1,6 +1,6 @@
 """笔记作为文档：不运行，只看存着的内容。每条规则是一个函数，返回抱怨的话；每条规则都有一本故意写坏的笔记让它开口。
 
-运行笔记并比较输出的是 ``pytest --nbval notebooks``；它看不见的由 conftest.py 补上，也在这里试验。
+运行笔记并比较输出的是 ``pytest --nbval notebooks``；它看不见的由 figures_plugin.py 补上。
 """
 
 import ast

@@ -2,7 +2,7 @@
 
 由公式画出的图，在任何机器上都一样；训练过的模型的图只在同一种机器上一样，因为舍入的差别经过几百步训练会放大到看得见。
 两种图要用不同的办法比较，所以每张图自己带着来历：:func:`install` 让内核在显示图的时候，往 PNG 里写一段 JSON，
-:func:`read` 取出它。比较由根目录的 conftest.py 去做，约定写在 CONTRIBUTING.md。
+:func:`read` 取出它。比较由 tests/figures_plugin.py 去做，约定写在 CONTRIBUTING.md。
 
 一格用到了训练过的模型，是指下面三条里有一条成立（所以不必列一张名单）：
 
