@@ -16,7 +16,8 @@ from nbclient import NotebookClient
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from conftest import ROOT
-from vaelab import data, plot, provenance
+from vaelab import plot, provenance
+from vaelab.faces import FACE_FACTORS, draw_faces
 
 X = np.linspace(-4, 4, 200)
 
@@ -80,7 +81,7 @@ def test_another_curve_fails(version, curves):
 
 
 def test_another_picture_or_size_fails():
-    faces = data.draw_faces(torch.rand(4, len(data.FACE_FACTORS), generator=torch.Generator().manual_seed(0)), 64)
+    faces = draw_faces(torch.rand(4, len(FACE_FACTORS), generator=torch.Generator().manual_seed(0)), 64)
     pictures = []
     for pair in (faces[:2], faces[2:]):
         file = io.BytesIO()
@@ -197,7 +198,7 @@ def test_content_of_every_kind_of_plot():
 
 def test_a_grid_of_faces_is_told_from_noise_blanks_and_negatives():
     generator = torch.Generator().manual_seed(0)
-    faces, others = data.draw_faces(torch.rand(32, 12, generator=generator), 32).split(16)
+    faces, others = draw_faces(torch.rand(32, 12, generator=generator), 32).split(16)
     noise = torch.randint(0, 256, faces.shape, dtype=torch.uint8, generator=generator)
 
     def drawn(images: torch.Tensor) -> dict:

@@ -19,9 +19,11 @@ import pytest
 from matplotlib.figure import Figure
 
 import vanilla_vae
-from vaelab import check, data, evaluate, provenance, train
+from vaelab import evaluate, images, plan, provenance, step, stepper, train
+from vaelab.exercises.judging import all_checks
 from vaelab.stamp import MARK, ROOT, cell, changes, current_address, notebooks
 
+CHECKS = all_checks()
 CHINESE = r"[\u4e00-\u9fff]"
 UNCHECKED = {"nbval-ignore-output", "nbval-skip"}
 MIME_TYPES = {"text/plain", "text/latex", "text/markdown", "image/png", "application/vnd.jupyter.widget-view+json"}
@@ -181,7 +183,8 @@ def referenced_formulas_exist(lesson: Lesson) -> Iterator[str]:
 
 
 def shown_source_is_real(lesson: Lesson) -> Iterator[str]:
-    names = {**vars(data), **vars(evaluate), **vars(train), **vars(vanilla_vae), "vanilla_vae": vanilla_vae}
+    rooms = (evaluate, images, plan, step, stepper, train, vanilla_vae)
+    names = {name: value for room in rooms for name, value in vars(room).items()} | {"vanilla_vae": vanilla_vae}
     found = 0
     for code_cell in lesson.cells("code"):
         for call in ast.walk(_parse(code_cell.source)):
@@ -212,10 +215,10 @@ def _parse(source: str) -> ast.AST:
 
 
 def exercises_are_judged(lesson: Lesson) -> Iterator[str]:
-    known = {number for number in check.CHECKS if number.split(".")[0] == lesson.chapter}
+    known = {number for number in CHECKS if number.split(".")[0] == lesson.chapter}
     used = set(re.findall(r"""\bexercise\(\s*["']([\d.]+)["']""", lesson.code))
     if used != known or not (lesson.is_solution or 2 <= len(used) <= 4):
-        yield f"练习应有二到四个，与 vaelab/check.py 里的一致：笔记 {sorted(used)}，检查 {sorted(known)}"
+        yield f"练习应有二到四个，与 vaelab/exercises/ 里的一致：笔记 {sorted(used)}，检查 {sorted(known)}"
     for number in sorted(known):
         for mark, name in (("✓", "solution"), ("✗", "wrong")) if lesson.is_solution else (("○", None),):
             if not re.search(rf"^{mark} 练习 {re.escape(number)}\b", lesson.printed, re.MULTILINE):
@@ -232,7 +235,7 @@ def sections_in_order(lesson: Lesson) -> Iterator[str]:
     if not first.startswith(f"# {int(lesson.chapter):02} "):
         yield f"第一格应以标题“# {int(lesson.chapter):02} …”开头"
     if lesson.is_solution:
-        expected = [f"## 练习 {n}" for n in sorted(check.CHECKS) if n.split(".")[0] == lesson.chapter]
+        expected = [f"## 练习 {n}" for n in sorted(CHECKS) if n.split(".")[0] == lesson.chapter]
         actual = re.findall(r"^## 练习 \d+\.\d+", lesson.markdown, re.MULTILINE)
         if actual != expected:
             yield f"各题应依次是 {expected}，实际是 {actual}"
@@ -314,7 +317,7 @@ def test_every_chapter_has_solutions_and_every_check_a_chapter():
     chapters = {path.name for path in notebooks() if path.parent.name == "notebooks"}
     assert {path.name for path in notebooks()} - chapters == set()
     assert chapters == {path.name for path in notebooks() if path.parent.name == "solutions"}
-    assert {int(number.split(".")[0]) for number in check.CHECKS} <= {int(name[:2]) for name in chapters}
+    assert {int(number.split(".")[0]) for number in CHECKS} <= {int(name[:2]) for name in chapters}
 
 
 # —— 每条规则都会开口：一本合格的笔记，每次弄坏一处 ——
@@ -328,7 +331,7 @@ def code(source: str, text: str = "", **metadata) -> nbformat.NotebookNode:
 def sample(solution: bool = False) -> Lesson:
     """一本满足全部规则的第 05 章（或它的解答），不曾真的运行。"""
     text = nbformat.v4.new_markdown_cell
-    numbers = sorted(number for number in check.CHECKS if number.startswith("5."))
+    numbers = sorted(number for number in CHECKS if number.startswith("5."))
     if solution:
         cells = [text("# 05 解答\n\n题目在 [05 章](../05_kl_divergence.ipynb)。"), code(cell())]
         for n in numbers:
