@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def all_checks() -> dict[str, Checker]:
 def ask(answer: object, *args: object) -> object:
     """以 ``args`` 调用作答的函数并返回结果；没有作答（None 或 ...）抛 Unanswered，运行出错抛 Wrong。"""
     if not callable(answer):
-        raise Wrong(f"这里应交一个函数，收到 {answer!r}。")
+        raise Wrong(f"这里应交一个函数，收到 {shown(answer)}。")
     try:
         result = answer(*args)
     except NotImplementedError as error:
@@ -69,6 +70,8 @@ def ask(answer: object, *args: object) -> object:
 def number(value: object, what: str = "一个数", *, infinite: bool = False) -> float:
     """``value`` 当作一个数；不是数、不是有限的（``infinite`` 允许无穷）就抛 Wrong，说明应交 ``what``。"""
     try:
+        if isinstance(value, (str, bytes)):  # float("3") 也行，可那不是一个数
+            raise TypeError
         result = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise Wrong(f"应交{what}，收到 {shown(value)}。") from error
@@ -79,14 +82,15 @@ def number(value: object, what: str = "一个数", *, infinite: bool = False) ->
 
 def numbers(answer: object, count: int, what: str) -> list[float]:
     """``answer`` 当作 ``count`` 个有限的数；不是就抛 Wrong，说明应交 ``what``。"""
-    if not isinstance(answer, (tuple, list, Tensor)) or len(answer) != count:
+    values = answer.tolist() if isinstance(answer, (Tensor, np.ndarray)) else answer  # 零维的变成一个数，没有长度
+    if not isinstance(values, (tuple, list)) or len(values) != count:
         raise Wrong(f"应交{what}，收到 {shown(answer)}。")
-    return [number(value, what) for value in answer]
+    return [number(value, what) for value in values]
 
 
 def shown(value: object) -> str:
     """作答写在诊断里的样子：张量说类型与形状，太长的截短。"""
-    text = f"形状 {list(value.shape)} 的张量" if isinstance(value, Tensor) else repr(value)
+    text = f"形状 {list(value.shape)} 的张量" if isinstance(value, Tensor) else " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:60] + "…"
 
 
@@ -99,3 +103,14 @@ def close(got: object, truth: Tensor, atol: float = 1e-5) -> bool:
     """``got`` 与 ``truth`` 同形且逐元素相近。"""
     got = as_double(got)
     return got.shape == truth.shape and bool(((got - truth).abs() <= atol * (1 + truth.abs())).all())
+
+
+def tensor(value: object, shape: tuple[int, ...], what: str, advice: str = "先看看哪一步除以了零，或对负数取了对数") -> Tensor:
+    """``value`` 当作形状 ``shape`` 的张量，转成 float64；不是张量、形状不对或有 NaN 与无穷就抛 Wrong，说明应返回 ``what``。"""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+        value = torch.from_numpy(value.astype(np.float64, order="C"))
+    if not isinstance(value, Tensor) or value.shape != shape:
+        raise Wrong(f"应返回{what}，收到 {list(value.shape) if isinstance(value, Tensor) else shown(value)}。")
+    if not bool(value.isfinite().all()):
+        raise Wrong(f"出现了 NaN 或无穷：{advice}。")
+    return as_double(value)
