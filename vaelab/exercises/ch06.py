@@ -1,19 +1,27 @@
 """第 06 章“ELBO 与 KL 的权重”的练习：检查，以及它认得的错答。"""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributions import Laplace, Normal, kl_divergence
 
-from vaelab.exercises.judging import ask, checks, known_wrong, Wrong
+from vaelab.exercises.judging import (
+    Wrong,
+    ask,
+    checks,
+    known_wrong,
+    number,
+    numbers,
+    tensor,
+)
 
 
 @checks("6.1")
 def weight_when_things_change(answer: object) -> None:
-    try:
-        ranged, enlarged, averaged = (float(value) for value in answer)  # type: ignore[union-attr]
-    except (TypeError, ValueError) as error:
-        raise Wrong(f"应交三个数，收到 {answer!r}。") from error
+    """值域、边长、KL 的归约各改一样，w 应改成多少。"""
+    ranged, enlarged, averaged = numbers(answer, 3, "三个数")
 
     def implied(w: float, shape: tuple[int, ...], reduce: Callable[[Tensor], Tensor], scale: float) -> float:
         """噪声的标准差占值域的比例：由梯度之比求出，见式(6.11)。"""
@@ -33,7 +41,7 @@ def weight_when_things_change(answer: object) -> None:
     if abs(implied(ranged, (3, 64, 64), total, 2.0) / goal - 1) > 0.02:
         if abs(ranged / 0.00025 - 2) < 0.02:
             raise Wrong("第 1 问只乘了 2：标准差大 2 倍，w 里的是方差。")
-        if ranged < 0.00025:
+        if 0 < ranged < 0.00025:
             raise Wrong("第 1 问方向反了：值域变宽，同样的相对噪声，σ² 要变大。")
         raise Wrong(f"第 1 问的 {ranged:g} 不对：值域宽了 2 倍，σ 应是原来的几倍，σ² 呢？")
     if abs(implied(enlarged, (3, 128, 128), total, 1.0) / goal - 1) > 0.02:
@@ -43,61 +51,89 @@ def weight_when_things_change(answer: object) -> None:
             raise Wrong("第 2 问：D 变大而 σ² 不变，w = 2σ²/D 应当变小。")
         raise Wrong(f"第 2 问的 {enlarged:g} 不对：由 w = 2σ²/D，σ² 不变，只有 D 变了。")
     if abs(implied(averaged, (3, 64, 64), torch.mean, 1.0) / goal - 1) > 0.02:
-        if averaged < 0.00025:
+        if 0 < averaged < 0.00025:
             raise Wrong("第 3 问方向反了：取平均已经把 KL 除以 128，权重要乘回来。")
         raise Wrong(f"第 3 问的 {averaged:g} 不对：对 128 维取平均，KL 小了 128 倍。")
 
 
+known_wrong(
+    "6.1",
+    ("应交三个数", (0.001, 0.0000625)),
+    ("第 1 问只乘了 2", (0.0005, 0.0000625, 0.032)),
+    ("第 1 问方向反了", (0.00025 / 4, 0.0000625, 0.032)),
+    ("σ 应是原来的几倍", (0.00025, 0.0000625, 0.032)),  # 以为值域不影响
+    ("第 2 问只除以 2", (0.001, 0.000125, 0.032)),
+    ("应当变小", (0.001, 0.001, 0.032)),
+    ("应当变小", (0.001, 0.00025, 0.032)),  # 以为边长不影响
+    ("只有 D 变了", (0.001, 0.00025 / 16, 0.032)),  # 面积的 4 倍又平方了一次
+    ("第 3 问方向反了", (0.001, 0.0000625, 0.00025 / 128)),
+    ("KL 小了 128 倍", (0.001, 0.0000625, 0.00025)),  # 以为取平均不影响
+)
+
+
 @checks("6.2")
 def noise_behind_another_loss(answer: object) -> None:
+    """由损失 a·SE + b·KL.mean() 求默认的解码器方差 σ²。"""
     generator = torch.Generator().manual_seed(62)
-    for a, b, D, L in [(1.0, 1.0, 12, 1), (0.5, 1.0, 48, 3), (3.0, 0.2, 27, 5), (1.0, 7.0, 300, 16)]:
+    # 第一组 a = b = L = 1，只看 D；其余各组的数取得让不同的错差出不同的倍数
+    for a, b, D, L in [(1.0, 1.0, 12, 1), (0.7, 1.0, 48, 3), (3.0, 0.3, 27, 5), (1.0, 7.0, 300, 16)]:
         x, x_hat = torch.randn(2, 4, D, generator=generator, dtype=torch.float64)
         mu = torch.randn(4, L, generator=generator, dtype=torch.float64).requires_grad_()
         x_hat.requires_grad_()
         loss = a * (x - x_hat).square().sum(dim=1).mean() + b * (0.5 * mu**2).mean()
         by_mu, by_x_hat = torch.autograd.grad(loss, [mu, x_hat])
         truth = float((by_mu / mu.detach()).mean() / (by_x_hat / (x_hat - x).detach()).mean())
-        try:
-            got = float(ask(answer, a, b, D, L))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise Wrong("应返回一个数。") from error
+        got = number(ask(answer, a, b, D, L))
         where = f"a={a:g}、b={b:g}、D={D}、L={L} 时"
-        if abs(got / truth - 1) < 1e-6:
+
+        def times(ratio: float, got: float = got, truth: float = truth) -> bool:
+            return abs(got / truth / ratio - 1) < 1e-5
+
+        if times(1):
             continue
-        if abs(got / truth - D) < 1e-6 * D:
+        if times(D):
             raise Wrong(f"{where}大了 D 倍：这份代码的 SE 是求和，没有除以 D，式(6.10) 里的 D 来自取平均。")
-        if abs(got * D / truth - 1) < 1e-6:
+        if times(1 / D):
             raise Wrong(f"{where}小了 D 倍：SE 已经是求和，−log p(x|z) 里的也是求和，D 不出现。")
-        if L > 1 and abs(got / truth - L) < 1e-6 * L:
+        if times(L):
             raise Wrong(f"{where}大了 L 倍：KL 对 L 维取了平均，等于权重除以 L。")
-        if abs(got / truth - 2) < 1e-6 or abs(got / truth - 0.5) < 1e-6:
+        if times(2) or times(0.5):
             raise Wrong(f"{where}差一个 2 倍：SE 在 −log p(x|z) 里的系数是 1/(2σ²)。")
         raise Wrong(f"{where}你给出 {got:.4g}，由梯度之比得到的是 {truth:.4g}；先把损失整理成 SE/(2σ²) + KL 的倍数。")
+
+
+known_wrong(
+    "6.2",
+    ("应交一个数", lambda a, b, D, L: (a * L / b, 1 / 2)),  # 交了两边的系数
+    ("大了 D 倍", lambda a, b, D, L: b * D / (2 * a * L)),
+    ("小了 D 倍", lambda a, b, D, L: b / (2 * a * L * D)),
+    ("大了 L 倍", lambda a, b, D, L: b / (2 * a)),
+    ("差一个 2 倍", lambda a, b, D, L: b / (a * L)),
+    ("差一个 2 倍", lambda a, b, D, L: b / (4 * a * L)),
+    ("先把损失整理成", lambda a, b, D, L: a / (2 * b * L)),  # 除反了
+    ("先把损失整理成", lambda a, b, D, L: b / (2 * L)),  # 忘了 a
+    ("先把损失整理成", lambda a, b, D, L: 1 / (2 * a * L)),  # 忘了 b
+    ("先把损失整理成", lambda a, b, D, L: math.sqrt(b / (2 * a * L))),  # 交了 σ
+)
 
 
 @checks("6.3")
 def negative_elbo(answer: object) -> None:
     generator = torch.Generator().manual_seed(63)
-    distributions = torch.distributions
     for shape, L, sigma2 in [((3, 4, 4), 5, 0.5), ((1, 6, 6), 2, 0.05)]:
         recons, x = torch.randn(2, 3, *shape, generator=generator, dtype=torch.float64)
         mu, log_var = torch.randn(2, 3, L, generator=generator, dtype=torch.float64)
-        pixel_nll = -distributions.Normal(recons, sigma2**0.5).log_prob(x)
-        prior = distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))
-        kl = distributions.kl_divergence(distributions.Normal(mu, (0.5 * log_var).exp()), prior)
+        pixel_nll = -Normal(recons, sigma2**0.5).log_prob(x)
+        kl = kl_divergence(Normal(mu, (0.5 * log_var).exp()), Normal(torch.zeros_like(mu), torch.ones_like(mu)))
         nll, kl_total = pixel_nll.flatten(1).sum(dim=1), kl.sum(dim=1)
         truth, dim = nll + kl_total, x[0].numel()
-        got = ask(answer, recons.clone(), x.clone(), mu.clone(), log_var.clone(), sigma2)
-        if not isinstance(got, Tensor) or got.shape != truth.shape:
-            came = list(got.shape) if isinstance(got, Tensor) else type(got).__name__
-            raise Wrong(f"应返回每张图一个数，形状 [3]，收到 {came}；只对像素和隐变量求和，不要对批求和或平均。")
+        what = "每张图一个数，形状 [3]（只对像素和隐变量求和，不要对批求和或平均）"
+        got = tensor(ask(answer, recons.clone(), x.clone(), mu.clone(), log_var.clone(), sigma2), (3,), what)
 
         def near(value: Tensor, got: Tensor = got) -> bool:
-            return torch.allclose(got.to(value.dtype), value, rtol=1e-6, atol=1e-6)
+            return torch.allclose(got, value, rtol=1e-5, atol=1e-5)
 
-        constant = dim / 2 * torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64))
-        spread = dim / 2 * torch.log(torch.tensor(sigma2, dtype=torch.float64))
+        constant, spread = dim / 2 * math.log(2 * math.pi), dim / 2 * math.log(sigma2)
         if near(truth):
             continue
         if near(-truth):
@@ -108,33 +144,64 @@ def negative_elbo(answer: object) -> None:
             raise Wrong("丢了 D/2·log 2π；log σ² 那一半是对的。")
         if near(nll + kl.mean(dim=1)):
             raise Wrong("KL 应对 L 维求和，你取了平均。")
-        if near(nll / dim + kl_total):
+        if near(nll / dim + kl_total) or near((nll - constant - spread) / dim + constant + spread + kl_total):
             raise Wrong("重建项应对 D 个像素求和，你取了平均。")
         if near(truth - (dim - 1) / dim * (constant + spread)):
             raise Wrong("常数只加了一份；D 个像素各有一份 ½·log(2πσ²)。")
         if near(nll - kl_total):
             raise Wrong("KL 的符号反了：它在 −ELBO 里是加上去的。")
-        raise Wrong(f"σ² = {sigma2:g} 时第一张图你给出 {float(got[0]):.4f}，应为 {float(truth[0]):.4f}；分别核对两项。")
+        raise Wrong(f"σ² = {sigma2:g} 时第一张图你给出 {float(got[0]):.6g}，应为 {float(truth[0]):.6g}；分别核对两项。")
+
+
+def _se(recons, x):
+    return (x - recons).square().flatten(1)
+
+
+def _kl(mu, log_var):
+    return 0.5 * (mu**2 + log_var.exp() - log_var - 1)
+
+
+def _constant(x, sigma2, inside=2 * math.pi):
+    return x[0].numel() / 2 * math.log(inside * sigma2)
+
+
+def _elbo_loss(nll=lambda recons, x, sigma2: _se(recons, x).sum(1) / (2 * sigma2) + _constant(x, sigma2), kl=lambda each: each.sum(1)):
+    """−ELBO：重建项、KL 的归约都可以换成写错的。"""
+    return lambda recons, x, mu, log_var, sigma2: nll(recons, x, sigma2) + kl(_kl(mu, log_var))
+
+
+known_wrong(
+    "6.3",
+    ("不要对批求和或平均", lambda *inputs: _elbo_loss()(*inputs).mean()),
+    ("出现了 NaN", lambda recons, x, mu, log_var, sigma2: _elbo_loss()(recons, x, mu, log_var.log(), sigma2)),  # 把 log_var 当成了方差
+    ("题目要 −ELBO", lambda *inputs: -_elbo_loss()(*inputs)),
+    ("丢了 D/2·log(2πσ²)", _elbo_loss(lambda recons, x, sigma2: _se(recons, x).sum(1) / (2 * sigma2))),
+    ("丢了 D/2·log 2π；", _elbo_loss(lambda recons, x, sigma2: _se(recons, x).sum(1) / (2 * sigma2) + _constant(x, sigma2, inside=1))),
+    ("KL 应对 L 维求和", _elbo_loss(kl=lambda each: each.mean(1))),
+    ("重建项应对 D 个像素求和", _elbo_loss(lambda recons, x, sigma2: _se(recons, x).mean(1) / (2 * sigma2) + 0.5 * math.log(2 * math.pi * sigma2))),
+    ("重建项应对 D 个像素求和", _elbo_loss(lambda recons, x, sigma2: _se(recons, x).mean(1) / (2 * sigma2) + _constant(x, sigma2))),
+    ("常数只加了一份", _elbo_loss(lambda recons, x, sigma2: _se(recons, x).sum(1) / (2 * sigma2) + 0.5 * math.log(2 * math.pi * sigma2))),
+    ("KL 的符号反了", _elbo_loss(kl=lambda each: -each.sum(1))),
+    ("分别核对两项", _elbo_loss(lambda recons, x, sigma2: -Normal(recons, sigma2).log_prob(x).flatten(1).sum(1))),  # 把 σ² 当成了 σ
+)
 
 
 @checks("6.4")
 def optimal_weight_for_l1(answer: object) -> None:
     generator = torch.Generator().manual_seed(64)
-    x = torch.rand(3, 2, 4, 5, generator=generator, dtype=torch.float64) * 2 - 1
-    x_hat = x + 0.3 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    try:
-        w = float(ask(answer, x.clone(), x_hat.clone()))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise Wrong("应返回一个数：一批图共用一个 b。") from error
+    # 批、通道、高、宽各不相同，且都不是 2：漏掉其中一个，差出的倍数不会与别的错混淆
+    x = torch.rand(5, 3, 4, 7, generator=generator, dtype=torch.float64) * 2 - 1
+    x_hat = x + 0.3 * torch.randn(x.shape, generator=generator, dtype=torch.float64) + 0.1  # 偏亮一点：误差的平均不是 0
+    w = number(ask(answer, x.clone(), x_hat.clone()), "一个数：一批图共用一个 b")
     dim = x[0].numel()
-    if not 0 < w < float("inf"):
+    if w <= 0:
         raise Wrong(f"权重应是正数，收到 {w:.4g}。")
 
     def fits(weight: float) -> bool:
         """weight 所对应的 b 使 −log p 的导数为零：损失除以 weight，重建项的系数应是 1/b。"""
         log_b = torch.tensor(weight * dim, dtype=torch.float64).log().requires_grad_()
-        torch.distributions.Laplace(x_hat, log_b.exp()).log_prob(x).mean().backward()
-        return abs(float(log_b.grad)) < 1e-6
+        Laplace(x_hat, log_b.exp(), validate_args=False).log_prob(x).mean().backward()
+        return abs(float(log_b.grad)) < 1e-5
 
     if fits(w):
         return
@@ -145,6 +212,21 @@ def optimal_weight_for_l1(answer: object) -> None:
     if fits(w / len(x)) or fits(w * len(x)):
         raise Wrong("差了批大小的倍数：b 是所有图、所有像素的平均绝对误差。")
     mse = float((x - x_hat).square().mean())
-    if abs(w / (2 * mse / dim) - 1) < 1e-6 or abs(w / (mse / dim) - 1) < 1e-6:
+    if abs(w / (2 * mse / dim) - 1) < 1e-5 or abs(w / (mse / dim) - 1) < 1e-5:
         raise Wrong("你用的是 MSE；对 b 求导，剩下的是绝对误差的平均。")
     raise Wrong(f"w = {w:.4g} 对应的 b 不是最好的：写出 −log p(x|z) = Σ|x−x̂|/b + D·log 2b，对 b 求导。")
+
+
+known_wrong(
+    "6.4",
+    ("一批图共用一个 b", lambda x, x_hat: (x - x_hat).abs().flatten(1).mean(1) / x[0].numel()),  # 每张图一个
+    ("权重应是正数", lambda x, x_hat: (x - x_hat).mean() / x[0].numel()),  # 忘了绝对值
+    ("大了 2 倍", lambda x, x_hat: 2 * (x - x_hat).abs().mean() / x[0].numel()),
+    ("大了 D 倍", lambda x, x_hat: (x - x_hat).abs().mean()),
+    ("差了批大小的倍数", lambda x, x_hat: (x - x_hat).abs().sum() / x[0].numel() ** 2),
+    ("差了批大小的倍数", lambda x, x_hat: (x - x_hat).abs().mean() / x.numel()),
+    ("你用的是 MSE", lambda x, x_hat: 2 * (x - x_hat).square().mean() / x[0].numel()),
+    ("你用的是 MSE", lambda x, x_hat: (x - x_hat).square().mean() / x[0].numel()),
+    ("对应的 b 不是最好的", lambda x, x_hat: (x - x_hat).square().mean().sqrt() / x[0].numel()),  # 均方根误差
+    ("对应的 b 不是最好的", lambda x, x_hat: (x - x_hat).abs().mean() / x[0, 0].numel()),  # D 漏了通道
+)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,8 @@ def ask(answer: object, *args: object) -> object:
 def number(value: object, what: str = "一个数", *, infinite: bool = False) -> float:
     """``value`` 当作一个数；不是数、不是有限的（``infinite`` 允许无穷）就抛 Wrong，说明应交 ``what``。"""
     try:
+        if isinstance(value, (str, bytes)):  # float("3") 也行，可那不是一个数
+            raise TypeError
         result = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise Wrong(f"应交{what}，收到 {shown(value)}。") from error
@@ -80,14 +83,12 @@ def number(value: object, what: str = "一个数", *, infinite: bool = False) ->
 
 def numbers(answer: object, count: int, what: str) -> list[float]:
     """``answer`` 当作 ``count`` 个有限的数；不是就抛 Wrong，说明应交 ``what``。"""
-    if not isinstance(answer, (tuple, list, Tensor)) or len(answer) != count:
-        raise Wrong(f"应交{what}，收到 {shown(answer)}。")
-    return [number(value, what) for value in answer]
+    return [number(value, what) for value in listed(answer, what, count)]
 
 
 def shown(value: object) -> str:
     """作答写在诊断里的样子：张量说类型与形状，太长的截短。"""
-    text = f"形状 {list(value.shape)} 的张量" if isinstance(value, Tensor) else repr(value)
+    text = f"形状 {list(value.shape)} 的张量" if isinstance(value, Tensor) else " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:60] + "…"
 
 
@@ -115,7 +116,8 @@ def whole(value: object, what: str, least: float = -math.inf) -> int:
 
 def listed(answer: object, what: str, count: int | None = None) -> list:
     """``answer`` 当作一列（``count`` 个）东西，元组、张量、数组也算；不是就抛 Wrong，说明应交 ``what``。"""
-    items = answer.tolist() if hasattr(answer, "tolist") else answer
+    # 零维的张量变成一个数，没有长度
+    items = answer.tolist() if isinstance(answer, (Tensor, np.ndarray)) else answer
     if not isinstance(items, (list, tuple)) or count not in (None, len(items)):
         raise Wrong(f"应交{what}，收到 {shown(answer)}。")
     return list(items)
@@ -132,3 +134,14 @@ def finite(value: object, what: str) -> Tensor:
     if not torch.isfinite(result).all():
         raise Wrong(f"应交{what}，收到的里面有 NaN 或无穷；先看看哪一步除以了零，或对负数取了对数。")
     return result
+
+
+def tensor(value: object, shape: tuple[int, ...], what: str, advice: str = "先看看哪一步除以了零，或对负数取了对数") -> Tensor:
+    """``value`` 当作形状 ``shape`` 的张量，转成 float64；不是张量、形状不对或有 NaN 与无穷就抛 Wrong，说明应返回 ``what``。"""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+        value = torch.from_numpy(value.astype(np.float64, order="C"))
+    if not isinstance(value, Tensor) or value.shape != shape:
+        raise Wrong(f"应返回{what}，收到 {list(value.shape) if isinstance(value, Tensor) else shown(value)}。")
+    if not bool(value.isfinite().all()):
+        raise Wrong(f"出现了 NaN 或无穷：{advice}。")
+    return as_double(value)
