@@ -141,9 +141,7 @@ class VanillaVAE(nn.Module):
         z = self.reparameterize(mu, log_var, generator)
         return [self.decode(z), input, mu, log_var]
 
-    def loss_function(
-        self, recons: Tensor, input: Tensor, mu: Tensor, log_var: Tensor, M_N: float | Tensor | None = None
-    ) -> LossDict:
+    def loss_function(self, recons: Tensor, input: Tensor, mu: Tensor, log_var: Tensor, M_N: float | Tensor | None = None) -> LossDict:
         r"""``loss = MSE + M_N · KLD``，即负 ELBO 乘以 2σ²/D（差一个与参数无关的常数）。
 
         MSE 对全部像素取平均；KLD 对隐变量求和、对批取平均，单位 nat：
@@ -202,8 +200,7 @@ class VanillaVAE(nn.Module):
             raise TypeError(f"图像应与模型同为 {dtype}，收到 {x.dtype}；请先 .to({dtype})，或在 torch.autocast 之内调用。")
         if x.dim() != 4 or tuple(x.shape[1:]) != (self.in_channels, size, size):
             raise ValueError(
-                f"图像应为 [B, {self.in_channels}, {size}, {size}]，收到 {list(x.shape)}；"
-                "请调整图像，或用相符的 in_channels、image_size 建模型。"
+                f"图像应为 [B, {self.in_channels}, {size}, {size}]，收到 {list(x.shape)}；请调整图像，或用相符的 in_channels、image_size 建模型。"
             )
         if self.training and self.bottom == 1 and x.shape[0] == 1:
             raise ValueError("训练时的批应至少有 2 张图，收到 1 张：最深一级特征图只有 1×1，批归一化没有可统计的量；请加大批，或先调用 eval()。")

@@ -212,9 +212,7 @@ def vae_structure(folder: Path) -> None:
     _arrow(axes, (0.42, 2.3), (0.42, 3.2), RED, both=True)
     axes.text(0.58, 2.74, "重建损失：MSE(x, x̂)", ha="left", va="center", fontsize=10.5, color=RED)
     axes.text(6.9, 0.5, r"KL 损失：$N(\mu,\sigma^2)$ 与 $N(0,I)$", ha="center", va="center", fontsize=10.5, color=RED)
-    axes.add_patch(
-        FancyBboxPatch((6.28, 0.68), 1.24, 1.48, boxstyle="round,pad=0.02", fill=False, ec=RED, lw=1.2, ls=(0, (3, 2)))
-    )
+    axes.add_patch(FancyBboxPatch((6.28, 0.68), 1.24, 1.48, boxstyle="round,pad=0.02", fill=False, ec=RED, lw=1.2, ls=(0, (3, 2))))
     _pixels(figure).save(folder / "1.webp", lossless=True)
 
 
@@ -297,9 +295,7 @@ def first_picture(folder: Path) -> None:
         model = load_model(run)
     real = to_float(load("faces").test[:10])
     samples = model.sample(20, generator=torch.Generator().manual_seed(0))
-    picture = plot.grid(
-        torch.cat([real, model.generate(real), samples]), 10, row_labels=["原图", "重建", "先验样本", "先验样本"], cell=0.75
-    )
+    picture = plot.grid(torch.cat([real, model.generate(real), samples]), 10, row_labels=["原图", "重建", "先验样本", "先验样本"], cell=0.75)
     picture.savefig(folder / "faces.png", dpi=110)
 
 

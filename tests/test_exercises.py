@@ -36,7 +36,13 @@ def test_every_diagnosis_is_reached(path):
     }
     assert raises
     chapter = str(int(path.stem[2:]))
-    reached = {line for number, mistakes in KNOWN_WRONG.items() if number.split(".")[0] == chapter for _, answer in mistakes for line in lines(number, answer, path)}
+    reached = {
+        line
+        for number, mistakes in KNOWN_WRONG.items()
+        if number.split(".")[0] == chapter
+        for _, answer in mistakes
+        for line in lines(number, answer, path)
+    }
     missed = {line: raises[line] for line in raises.keys() - reached}
     assert not missed, "\n".join(f"{path.name}:{line} {text}" for line, text in sorted(missed.items()))
 

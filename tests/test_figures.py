@@ -190,6 +190,7 @@ def test_content_of_every_kind_of_plot():
 
     names = {name.split()[-1] for name, _ in drawn(1)["series"]}
     assert {"横轴", "纵轴", "x", "y", "面", "亮度", "纹理", "色标"} <= names and any(name.endswith("上") for name in names)
+    assert drawn(1)["words"] == []  # 刻度上只有数，对数轴的也是
     assert _trained_difference(drawn(1.02), drawn(1)) < 1
     for number in range(5):
         one, two = ({**each, "series": [s for s in each["series"] if s[0].startswith(str(number))]} for each in (drawn(1), drawn(2)))
@@ -210,7 +211,13 @@ def test_a_grid_of_faces_is_told_from_noise_blanks_and_negatives():
     blurred = torch.nn.functional.avg_pool2d(others.float(), 3, 1, 1).to(torch.uint8)
     for fine in (others, blurred, (faces.float() * 0.9 + 10).to(torch.uint8)):  # 另一批脸、糊一点、暗一点
         assert _trained_difference(drawn(fine), drawn(faces)) < 1
-    for wrong in (noise, torch.full_like(faces, 255), torch.zeros_like(faces), torch.full_like(faces, 128), (faces.float() + noise).div(2).to(torch.uint8)):
+    for wrong in (
+        noise,
+        torch.full_like(faces, 255),
+        torch.zeros_like(faces),
+        torch.full_like(faces, 128),
+        (faces.float() + noise).div(2).to(torch.uint8),
+    ):
         assert _trained_difference(drawn(wrong), drawn(faces)) > 1
 
 
@@ -233,7 +240,10 @@ def test_training_leaves_its_mark_and_formulas_stay_clean():
         assert not cell("import torch\nfrom torch import nn\nx, y = torch.rand(8, 3), torch.rand(8, 1)\nnet, losses = nn.Linear(3, 1), []")
         assert not cell("before = net(x)")  # 还没有训练
         assert not cell("a = nn.Parameter(torch.zeros(()))\no = torch.optim.SGD([a], 0.1)\n(a - 1).square().backward()\no.step()")  # 只有一个数
-        assert not cell("def fit(net):\n o = torch.optim.Adam(net.parameters())\n o.zero_grad(); loss = (net(x) - y).square().mean(); loss.backward(); o.step()\n return loss.item()")
+        assert not cell(
+            "def fit(net):\n o = torch.optim.Adam(net.parameters())\n o.zero_grad(); loss = (net(x) - y).square().mean()\n"
+            " loss.backward(); o.step()\n return loss.item()"
+        )
         assert not cell("o = torch.optim.Adam(net.parameters())\no.step()")  # 没有梯度，什么也没有改动
         assert cell("for _ in range(2):\n losses.append(fit(net))")
         assert cell("z = net(x)") and cell("print(losses)") and cell("w = z.detach().numpy() * 2") and cell("print(w.sum())")
@@ -310,7 +320,12 @@ def test_strict_nbval_sees_pictures_warnings_unexecuted_cells_and_a_dead_kernel(
     book.cells[5].metadata["tags"] = ["nbval-ignore-output"]
     nbformat.write(book, tmp_path / "case.ipynb")
     command = [sys.executable, "-m", "pytest", "-p", "figures_plugin", "-q", "-rA", "-p", "no:cacheprovider", "case.ipynb"]
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}  # 存的时候是 1
+    environment = {
+        **os.environ,
+        "PYTHONIOENCODING": "utf-8",
+        "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+    }  # 存的时候是 1
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8")
     passed = {int(number) for number in re.findall(r"^PASSED .*Cell (\d+)", done.stdout, re.MULTILINE)}
     assert passed == {index for index, (_, _, good) in enumerate(CASES) if good}, done.stdout

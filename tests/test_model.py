@@ -345,9 +345,7 @@ def test_devices_agree(device):
     model.eval()
     other = copy.deepcopy(model).to(device)
     g = torch.Generator()
-    for ours, expected in zip(
-        other(x.to(device), generator=g.manual_seed(0)), model(x, generator=g.manual_seed(0)), strict=True
-    ):
+    for ours, expected in zip(other(x.to(device), generator=g.manual_seed(0)), model(x, generator=g.manual_seed(0)), strict=True):
         assert ours.device.type == device
         torch.testing.assert_close(ours.cpu(), expected, rtol=1e-3, atol=1e-4)
     sampled = other.sample(4, generator=g.manual_seed(0))

@@ -127,7 +127,7 @@ def nothing_of_this_machine(lesson: Lesson) -> Iterator[str]:
             continue
         for text in (code_cell.source, shown(code_cell)):
             for found in re.finditer(ABSOLUTE_PATH, text):
-                yield f"有绝对路径：{text[found.start():][:60]!r}"
+                yield f"有绝对路径：{text[found.start() :][:60]!r}"
         if tags(code_cell) & UNCHECKED:
             continue
         for pattern, what in ((TIMING, "时间"), (r"\b0x[0-9a-fA-F]{6,}", "内存地址")):

@@ -12,7 +12,7 @@ from torch import nn
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-import other_machine  # noqa: E402
+import other_machine
 
 from vaelab import step, stepper
 from vaelab.config import LOSSES, TrainConfig
@@ -76,7 +76,15 @@ def test_the_made_up_rounding_errs_where_it_may_and_nowhere_else():
     x, weight = torch.rand(1000, dtype=torch.float64) + 1, torch.rand(30, 30)
     pinned = (lambda: x * 3 - x / 7, lambda: x.clamp(1.2, 1.5).abs().max(), lambda: torch.rand(9, generator=torch.Generator().manual_seed(0)))
     exact = (lambda: torch.arange(100.0).sum(), lambda: (torch.arange(40.0) ** 2).sqrt(), lambda: torch.ones(3, 9) @ torch.ones(9, 3))
-    loose = (x.sqrt, x.exp, x.log, lambda: x.sum(), lambda: weight @ weight, x.std, lambda: nn.functional.batch_norm(weight, None, None, training=True))
+    loose = (
+        x.sqrt,
+        x.exp,
+        x.log,
+        lambda: x.sum(),
+        lambda: weight @ weight,
+        x.std,
+        lambda: nn.functional.batch_norm(weight, None, None, training=True),
+    )
     for work in (*pinned, *exact, *loose):
         before = work()
         with other_machine.OneUlp():

@@ -29,8 +29,7 @@ def test_dependencies_have_lower_bounds_only():
 def test_importing_the_model_needs_torch_alone():
     """`import vanilla_vae` 不得带进 torchvision、matplotlib 之类（torch 自己带进来的不算）。"""
     code = (
-        "import sys, torch; before = set(sys.modules); import vanilla_vae; "
-        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+        "import sys, torch; before = set(sys.modules); import vanilla_vae; print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['_type', 'vanilla_vae']"

@@ -22,9 +22,7 @@ GITHUB = "https://github.com/someone/vae-zh"
 
 def copy_course(target: Path) -> Path:
     """课程的一份拷贝：git 会带走的文件，没有 git 时是模块文件。"""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "--", "*.py"], cwd=ROOT, capture_output=True, text=True
-    )
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "--", "*.py"], cwd=ROOT, capture_output=True, text=True)
     for name in listed.stdout.split() or ["vanilla_vae.py", "_type.py", "vaelab/__init__.py", "vaelab/check.py"]:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target / name)
@@ -204,16 +202,12 @@ def test_a_notebook_without_the_cell_stops_before_anything_is_written(tree):
     assert contents(tree) == before
 
 
-@pytest.mark.parametrize(
-    "given", ["github.com/someone/vae-zh", GITHUB + ".git", GITHUB + "/", "git@github.com:someone/vae-zh.git"]
-)
+@pytest.mark.parametrize("given", ["github.com/someone/vae-zh", GITHUB + ".git", GITHUB + "/", "git@github.com:someone/vae-zh.git"])
 def test_github_addresses_become_one_form(given):
     assert clean_address(given) == GITHUB
 
 
-@pytest.mark.parametrize(
-    "bad", ["", "--help-me", "no such folder", "nowhere", 'https://a.b/"', "https://github.com/someone", GITHUB + "/tree/main"]
-)
+@pytest.mark.parametrize("bad", ["", "--help-me", "no such folder", "nowhere", 'https://a.b/"', "https://github.com/someone", GITHUB + "/tree/main"])
 def test_other_addresses_are_refused_in_chinese(bad):
     with pytest.raises(StampError, match="不能用：.*。"):
         clean_address(bad)

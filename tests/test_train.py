@@ -275,7 +275,7 @@ def raised(error: BaseException, while_handling: BaseException | None = None) ->
         try:
             raise while_handling or error
         except BaseException:
-            raise error
+            raise error  # noqa: B904  要的正是隐含的上下文
     except BaseException as caught:
         return caught
 
@@ -471,6 +471,8 @@ def test_more_bad_input(data, tmp_path):
             pick_device("cuda")
     with pytest.raises(ValueError, match="用不了设备"):
         pick_device("量子")
+    with pytest.raises(ValueError, match="resume=True 时应给出 out"):
+        train(new_model(), data, CONFIG, resume=True, device="cpu", progress=False)
     blocked = tmp_path / "文件"
     blocked.write_text("占着名字", encoding="utf-8")
     with pytest.raises(TrainingError, match="写不进"):

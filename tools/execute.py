@@ -42,7 +42,9 @@ def execute(path: Path) -> list[str]:
         return [f"第 {index} 格显示时出错" for index in failed]
     noisy = [index for index, each in enumerate(book.cells) for output in each.get("outputs", []) if output.get("name") == "stderr"]
     if noisy:
-        return [f"第 {index} 格往 stderr 写了：{''.join(o['text'] for o in book.cells[index].outputs if o.get('name') == 'stderr')}" for index in noisy]
+        return [
+            f"第 {index} 格往 stderr 写了：{''.join(o['text'] for o in book.cells[index].outputs if o.get('name') == 'stderr')}" for index in noisy
+        ]
     for each in book.cells:
         if each.cell_type == "code":
             each.outputs = joined(each.outputs)
@@ -70,7 +72,12 @@ def main(arguments: list[str]) -> int:
         started = time.perf_counter()
         reasons = execute(path)
         failed |= bool(reasons)
-        print(f"{'✗' if reasons else '✓'} {path.relative_to(ROOT)}　{time.perf_counter() - started:.0f} 秒", *reasons, sep="\n  " if reasons else "", flush=True)
+        print(
+            f"{'✗' if reasons else '✓'} {path.relative_to(ROOT)}　{time.perf_counter() - started:.0f} 秒",
+            *reasons,
+            sep="\n  " if reasons else "",
+            flush=True,
+        )
     return int(failed)
 
 

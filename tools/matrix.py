@@ -63,7 +63,16 @@ def run(setting: Setting, paths: list[Path]) -> dict[str, tuple[list[str], float
         if setting.kind:
             environment |= kernel_environment(setting.kind, Path(folder))
         start = ["uv", *setting.uv] if setting.uv else []
-        command = [*start, *([] if start else [sys.executable, "-m"]), "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *map(str, paths)]
+        command = [
+            *start,
+            *([] if start else [sys.executable, "-m"]),
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            *map(str, paths),
+        ]
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(setting.busy)]
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace")
@@ -83,7 +92,9 @@ def run(setting: Setting, paths: list[Path]) -> dict[str, tuple[list[str], float
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=[*SETTINGS, *VERSIONS], metavar="机器", help="、".join([*SETTINGS, *VERSIONS]))
+    parser.add_argument(
+        "--settings", nargs="*", default=list(SETTINGS), choices=[*SETTINGS, *VERSIONS], metavar="机器", help="、".join([*SETTINGS, *VERSIONS])
+    )
     parser.add_argument("--chapters", nargs="*", help="笔记的文件，默认全部")
     parser.add_argument("--versions", action="store_true", help="另外用最低与最新的依赖各跑一遍")
     options = parser.parse_args(arguments)

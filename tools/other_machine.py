@@ -30,7 +30,8 @@ PINNED = {
     "ones", "ones_like", "permute", "pin_memory", "rand", "rand_like", "randint", "random", "randperm", "reciprocal", "relu",
     "remainder", "repeat", "reshape", "resize", "roll", "round", "rsub", "scalar_tensor", "scatter", "select", "select_backward",
     "set", "sgn", "sign", "slice", "slice_backward", "sort", "split", "split_with_sizes", "squeeze", "stack", "sub", "t", "threshold",
-    "threshold_backward", "to", "to_copy", "reshape_alias", "topk", "transpose", "tril", "tril_indices", "triu", "trunc", "unbind", "unfold", "unfold_backward",
+    "threshold_backward", "to", "to_copy", "reshape_alias", "topk", "transpose", "tril", "tril_indices", "triu", "trunc", "unbind",
+    "unfold", "unfold_backward",
     "uniform", "unique", "unsqueeze", "unsafe_view", "view", "view_as_complex", "view_as_real", "where", "zero", "zeros", "zeros_like",
 }  # fmt: skip
 STRIDE = 5  # 每五个数里错一个，与量到的 AMD 上 float32 的 sqrt 相同
@@ -49,7 +50,9 @@ class OneUlp(TorchDispatchMode):
         name = op.overloadpacket.__name__
         base = name.strip("_")
         fused = base in ("add", "sub") and abs(kwargs.get("alpha", args[2] if len(args) > 2 else 1)) != 1
-        if op.is_view or (not fused and (name in PINNED or base in PINNED or base.removeprefix("foreach_") in PINNED or base.startswith("local_scalar"))):
+        if op.is_view or (
+            not fused and (name in PINNED or base in PINNED or base.removeprefix("foreach_") in PINNED or base.startswith("local_scalar"))
+        ):
             return out
         if name.startswith("_fused"):  # 融合的优化器声明梯度也会改写（混合精度要还原它），平时并不改
             args = args[:1]
@@ -215,6 +218,7 @@ def kernel_environment(kind: str, folder: Path) -> dict[str, str]:
     """环境变量：由此启动的 Jupyter 内核，在第一格之前就变成 ``kind``；``folder`` 里会写下 IPython 的启动文件。"""
     startup = folder / "profile_default" / "startup"
     startup.mkdir(parents=True, exist_ok=True)
-    lines = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport other_machine\nother_machine.install({kind!r})\ndel sys.path[0], other_machine, sys\n"
+    find = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    lines = f"{find}import other_machine\nother_machine.install({kind!r})\ndel sys.path[0], other_machine, sys\n"
     (startup / "00-other-machine.py").write_text(lines, encoding="utf-8")
     return {"IPYTHONDIR": str(folder), "KINETO_LOG_LEVEL": "99"}

@@ -43,7 +43,8 @@ class Run:
     ) -> None:
         self.model, self.optimizer, self.scaler, self.config = model, optimizer, scaler, config
         self.ran_on, self.path, self.steps_per_epoch, self.extra = ran_on, path, steps_per_epoch, extra
-        self.step, self.saved_step, self.history, self.sums = 0, 0, [], dict.fromkeys(LOSSES, 0.0)
+        self.step, self.saved_step, self.sums = 0, 0, dict.fromkeys(LOSSES, 0.0)
+        self.history: list[dict] = []
         self.last: list[float] | None = None  # 最近取回的一步
 
     def read(self, pending: tuple[int, Callable[[], list[float]]] | None) -> bool:
@@ -111,8 +112,7 @@ class Run:
             write_atomically(self.path / HISTORY, lambda file: file.write(_as_csv(self.history).encode("utf-8")))
         except (OSError, RuntimeError) as error:
             raise TrainingError(
-                f"第 {self.step} 步的检查点写不进 {self.path}（{error}）；请腾出磁盘空间或检查权限，"
-                "再加 --resume 从上一份完好的检查点接着训练。"
+                f"第 {self.step} 步的检查点写不进 {self.path}（{error}）；请腾出磁盘空间或检查权限，再加 --resume 从上一份完好的检查点接着训练。"
             ) from error
         self.saved_step = self.step
 
@@ -130,8 +130,7 @@ class Run:
             )
         if done >= self.config.epochs:
             raise ValueError(
-                f"这次训练已走完 {done:g} 轮，要求的是 {self.config.epochs} 轮，没有可续的；"
-                f"请把 --epochs 设为大于 {math.floor(done)} 的数。"
+                f"这次训练已走完 {done:g} 轮，要求的是 {self.config.epochs} 轮，没有可续的；请把 --epochs 设为大于 {math.floor(done)} 的数。"
             )
         frozen = len(state["optimizer"]["param_groups"][0]["params"]) - len(self.optimizer.param_groups[0]["params"])
         if frozen:

@@ -40,9 +40,10 @@ class TrainConfig:
             raise ValueError(f"seed 应为非负整数，收到 {self.seed!r}；请改为 0 或更大的整数。")
         if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr（学习率）应为正数，收到 {self.lr!r}；常用 0.0005 到 0.005。")
-        number = isinstance(self.kld_weight, (int, float)) and not isinstance(self.kld_weight, bool)
-        if self.kld_weight != "optimal" and not (number and math.isfinite(self.kld_weight) and self.kld_weight >= 0):
-            raise ValueError(f"kld_weight 应为非负数或 optimal，收到 {self.kld_weight!r}；它的含义是 2σ²/D，例如 0.00025。")
+        weight = self.kld_weight
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight) and weight >= 0
+        if not (number or weight == "optimal"):
+            raise ValueError(f"kld_weight 应为非负数或 optimal，收到 {weight!r}；它的含义是 2σ²/D，例如 0.00025。")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision 应为 {'、'.join(PRECISIONS)} 之一，收到 {self.precision!r}。")
 

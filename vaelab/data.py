@@ -79,9 +79,7 @@ def load(
         return replace(drawn, train=train, test=test)
     if source in _TORCHVISION:
         return _torchvision_set(source, Path(root), image_size, channels, download)
-    decode = partial(
-        decoded_set, image_size=image_size, channels=channels or 3, seed=seed, cache_dir=cache_dir, progress=progress
-    )
+    decode = partial(decoded_set, image_size=image_size, channels=channels or 3, seed=seed, cache_dir=cache_dir, progress=progress)
     return _celeba(Path(root), download, seed, decode) if source == "celeba" else _own_pictures(source, seed, decode)
 
 
@@ -181,9 +179,7 @@ def _own_pictures(source: str | os.PathLike, seed: int, decode: Callable[..., Im
             raise FileNotFoundError(f"没有文件夹 {folder.absolute()}；请检查路径的拼写。") from None
         close = difflib.get_close_matches(str(source).lower(), NAMES, n=1)
         hint = f"你要的也许是 {close[0]}" if close else f"可用的名字有 {'、'.join(NAMES)}"
-        raise ValueError(
-            f"没有名为 {str(source)!r} 的数据（{'、'.join(NAMES)}），也没有这个文件夹；{hint}，或给出图片文件夹的路径。"
-        ) from None
+        raise ValueError(f"没有名为 {str(source)!r} 的数据（{'、'.join(NAMES)}），也没有这个文件夹；{hint}，或给出图片文件夹的路径。") from None
     if not is_folder:
         raise NotADirectoryError(f"{folder} 是一个文件，数据来源应为文件夹；请给出放着图片的文件夹。")
     files, notes = find_pictures(folder)

@@ -10,6 +10,7 @@ r"""VAE 学得怎样：测试集上的 ELBO、重要性加权下界，和读懂�
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from vaelab.images import to_float
 from vanilla_vae import eval_mode, positive_int
 
+Number = TypeVar("Number", float, Tensor)
 ACTIVE_VARIANCE = 0.01
 """一维隐变量算作活跃的门槛：它的后验均值 mu_j 在数据上的方差超过此数（arXiv:1509.00519，第 5.2 节）。"""
 
@@ -27,7 +29,7 @@ def gaussian_log_density(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     return -0.5 * (math.log(2 * math.pi) + log_var + (x - mean) ** 2 * torch.exp(-log_var))
 
 
-def gaussian_log_likelihood(mse: float | Tensor, sigma2: float, dim: int) -> float | Tensor:
+def gaussian_log_likelihood(mse: Number, sigma2: float, dim: int) -> Number:
     """log N(x; x̂, σ²I) = −D/2·(log 2πσ² + MSE/σ²)，单位 nat；``mse`` 是 D 个像素平方误差的平均。"""
     return -0.5 * dim * (math.log(2 * math.pi * sigma2) + mse / sigma2)
 
@@ -46,7 +48,7 @@ def elbo_from_mse(mse: float, kld: float, dim: int) -> float:
     return (gaussian_log_likelihood(mse, mse, dim) if mse else math.inf) - kld
 
 
-def optimal_kld_weight(mse: float | Tensor, dim: int) -> float | Tensor:
+def optimal_kld_weight(mse: Number, dim: int) -> Number:
     """σ² = MSE 对应的 KL 权重 w = 2σ²/D，可直接作为 ``loss_function`` 的 ``M_N``。"""
     return 2 * mse / dim
 
@@ -204,9 +206,7 @@ def evaluate(model: nn.Module, images: Tensor, *, batch_size: int = 256, seed: i
 
 
 @torch.no_grad()
-def log_likelihood_bound(
-    model: nn.Module, images: Tensor, sigma2: float, num_samples: int, *, chunk: int = 64, seed: int = 0
-) -> tuple[float, float]:
+def log_likelihood_bound(model: nn.Module, images: Tensor, sigma2: float, num_samples: int, *, chunk: int = 64, seed: int = 0) -> tuple[float, float]:
     r"""重要性加权下界 E[log 1/K Σ_k p(x, z_k) / q(z_k|x)]，z_k ~ q（arXiv:1509.00519，式 (8)）。
 
     K = 1 时期望等于 ELBO；K 越大越紧，趋于 log p(x)。是期望不超过真值：一次估计可以因抽样误差略高于它。

@@ -55,9 +55,7 @@ def draw_faces(factors: Tensor, image_size: int = 64) -> Tensor:
 
 
 def _draw_chunk(factors: Tensor, size: int) -> Tensor:
-    skin, hue, length, width, gap, eye, gaze, brow, curve, mouth, pose, back = (
-        factors[:, i].reshape(-1, 1, 1) for i in range(len(FACE_FACTORS))
-    )
+    skin, hue, length, width, gap, eye, gaze, brow, curve, mouth, pose, back = (factors[:, i].reshape(-1, 1, 1) for i in range(len(FACE_FACTORS)))
     view = 0.9  # 画面半宽；形状的坐标以此为界
     axis = ((torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1) * view  # 像素中心
     x, y = axis.reshape(1, 1, size), axis.reshape(1, size, 1)  # y 向下

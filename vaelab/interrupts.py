@@ -54,7 +54,6 @@ def clear_errors(run: Run, world: World, too_large: Callable[[], str | None]) ->
         if world.size > 1 and not isinstance(error, TrainingError):
             reason = re.sub(r"^\[\S*\] *", "", str(error).splitlines()[0])[:120]  # 去掉 gloo 的源码位置
             raise TrainingError(
-                f"第 {run.step + 1} 步时与别的进程失去了联系（{reason}）：多半有一个进程已经退出，请看它的错误，"
-                f"再重新启动，进程数可以不同。{saved}"
+                f"第 {run.step + 1} 步时与别的进程失去了联系（{reason}）：多半有一个进程已经退出，请看它的错误，再重新启动，进程数可以不同。{saved}"
             ) from error
         raise

@@ -145,10 +145,7 @@ def _decode(folder: Path, order: list[str], lead: int, file, progress: bool, **s
     listed = "、".join(skipped[:5]).encode("utf-8", "replace").decode()  # 文件名可能不是合法的 UTF-8
     notes = [f"跳过 {len(skipped)} 个读不出的文件：{listed}{'…' if len(skipped) > 5 else ''}。"] if skipped else []
     if kept < 2:
-        raise ValueError(
-            f"{folder.absolute()} 里读得出的图片应至少有 2 张（训练、测试各一），实际 {kept} 张；{''.join(notes)}"
-            "请放入更多完好的图片。"
-        )
+        raise ValueError(f"{folder.absolute()} 里读得出的图片应至少有 2 张（训练、测试各一），实际 {kept} 张；{''.join(notes)}请放入更多完好的图片。")
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, {**header, "shape": (kept, *tail)})
     test = kept_lead if 0 < kept_lead < kept else max(1, round(kept / 10))
@@ -186,9 +183,7 @@ def decoded_set(
         status = files[item]
         digest.update(os.fsencode(item) + (f"\0{status.st_size}\0{status.st_mtime_ns}\0" if status else "\0").encode())
     manifest = digest.hexdigest()
-    decode = partial(
-        _decode, folder, order, lead, progress=progress, image_size=image_size, channels=channels, crop=crop
-    )
+    decode = partial(_decode, folder, order, lead, progress=progress, image_size=image_size, channels=channels, crop=crop)
 
     found = _open_cache(cache, key, manifest)
     if found is None:

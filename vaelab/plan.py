@@ -139,8 +139,7 @@ def bf16_speedup() -> float:
         works = []
         for dtype in fastest:
             x, weight = (
-                torch.ones(shape, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-                for shape in ((32, 64, 16, 16), (128, 64, 3, 3))
+                torch.ones(shape, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_() for shape in ((32, 64, 16, 16), (128, 64, 3, 3))
             )
             works.append((dtype, x, weight))
         for _ in range(8):
@@ -188,5 +187,8 @@ def _choose_place(data_on: str, data: ImageSet, device: torch.device) -> tuple[b
     if data_on == "auto" and device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         data_on = "device" if data.train.numel() < free / 2 else "host"
-        return data_on == "device", f"数据 {size} {'整个放在显存里' if data_on == 'device' else at_rest + '，逐批搬运'}（显存空着 {free / 1e6:.0f} MB）"
+        return (
+            data_on == "device",
+            f"数据 {size} {'整个放在显存里' if data_on == 'device' else at_rest + '，逐批搬运'}（显存空着 {free / 1e6:.0f} MB）",
+        )
     return data_on == "device", f"数据 {size} {'整个放在设备上' if data_on == 'device' else at_rest + '，逐批搬运'}"

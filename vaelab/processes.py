@@ -92,7 +92,9 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 def process_gpu(local_rank: int, gpus: int) -> int:
     """本机第 ``local_rank`` 个进程用第几块 GPU；进程比 GPU 多就报 ValueError。"""
     if local_rank >= gpus:
-        raise ValueError(f"每个进程应有自己的 GPU，这台机器有 {gpus} 块，却起了至少 {local_rank + 1} 个进程；请用 --nproc_per_node {gpus}，或加 --device cpu。")
+        raise ValueError(
+            f"每个进程应有自己的 GPU，这台机器有 {gpus} 块，却起了至少 {local_rank + 1} 个进程；请用 --nproc_per_node {gpus}，或加 --device cpu。"
+        )
     return local_rank
 
 

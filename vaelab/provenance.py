@@ -267,8 +267,8 @@ def _sampled(values: object, log: bool = False) -> list[float]:
 
 
 def _words(text: str) -> str:
-    """去掉数，只留字：训练得到的数印在图上，各机器不同。"""
-    return re.sub(r"[-−+]?\d[\d.,]*(e[-+]?\d+)?%?|nan|inf", "#", text)
+    """去掉数，只留字：训练得到的数印在图上，各机器不同；对数轴上 10 的几次方也是数，画几个随 matplotlib 的版本。"""
+    return re.sub(r"[-−+]?\d[\d.,]*(e[-+]?\d+)?%?|nan|inf", "#", text.replace(r"\mathdefault", ""))
 
 
 def _bitmap(image: AxesImage) -> tuple[list[float], list[float]]:
@@ -309,7 +309,9 @@ def content(figure: Figure) -> dict:
 
 def _extent(collection: Collection) -> list[float]:
     """填色的面、散点的范围与重心。"""
-    points = [path.vertices for path in collection.get_paths() if len(path.vertices)] if not len(collection.get_offsets()) else [collection.get_offsets()]
+    points = (
+        [path.vertices for path in collection.get_paths() if len(path.vertices)] if not len(collection.get_offsets()) else [collection.get_offsets()]
+    )
     if not points:
         return []
     points = np.ma.filled(np.ma.concatenate(points).astype(float), np.nan)

@@ -23,7 +23,7 @@ NO_ADDRESS = 'ADDRESS = ""'
 
 # 凭 vaelab/check.py 认出课程；vanilla_vae.py 这个名字在别人的仓库里也有。
 # 云端硬盘只看两层：逐个文件夹翻找一个大的硬盘要几分钟。
-CELL = '''\
+CELL = """\
 # 准备：找到课程，让下面的 import 可用。在 Colab 上还会取来课程、补装中文字体；在别处什么也不改动。
 import importlib.util, os, pathlib, subprocess, sys, zipfile
 
@@ -52,7 +52,7 @@ elif importlib.util.find_spec("vaelab") is None:
     how = f"上传课程的 zip 到 {here}（Colab 以外请解压）" + f"，或在那里运行 git clone {ADDRESS}" * bool(ADDRESS)
     raise CourseNotFound(f"没有找到课程：请{how}，再运行这一格。")
 if on_colab and importlib.util.find_spec("zhplot") is None:  # Colab 只缺这一个包
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "zhplot"], check=True)'''
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "zhplot"], check=True)"""
 
 COLAB = "https://colab.research.google.com"
 BADGE = re.compile(rf"\n\n\[!\[[^\]]*\]\({re.escape(COLAB)}/assets/[^)]*\)\]\([^)]*\)")

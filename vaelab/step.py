@@ -29,6 +29,7 @@ class Objective(nn.Module):
         precision: ``fp32``、``bf16`` 或 ``fp16``；损失总是 float32。
     """
 
+    fixed_weight: Tensor
     AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
     def __init__(self, model: VanillaVAE, kld_weight: float | str, precision: str = "fp32") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from vaelab.processes import SyncBatchNorm2d, World, swap_batch_norm
 from vaelab.step import Objective, make_optimizer, memory_layout, step_seed, train_step
 from vaelab.transfer import ahead
 from vanilla_vae import VanillaVAE
+
+ALONE = World()
 
 
 class Stepper:
@@ -43,7 +46,7 @@ class Stepper:
         data: ImageSet,
         config: TrainConfig,
         plan: Plan,
-        world: World = World(),
+        world: World = ALONE,
         *,
         sync_batch_norm: bool = True,
     ) -> None:
@@ -65,14 +68,14 @@ class Stepper:
         model, config, plan, device = self.model, self.config, self.plan, self.plan.device
         if device.type == "cpu":
             keep_freed_memory()
-        model.to(device, memory_format=memory_layout(device)).train()
+        model.to(device).to(memory_format=memory_layout(device)).train()
         self.optimizer = make_optimizer(model, config.lr)
         if device.type == "cpu" and (refusal := self.too_large()):
             raise ValueError(refusal)  # 真的用尽时，系统会不声不响地结束进程，所以先算
         self.scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
         if self.world.size > 1 and self.sync_batch_norm:
             self.swapped = swap_batch_norm(model, nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm2d)
-        self.objective: nn.Module = Objective(model, config.kld_weight, plan.precision)
+        self.objective: Any = Objective(model, config.kld_weight, plan.precision)
         if plan.compile:
             self.objective = torch.compile(self.objective, dynamic=False, options={"triton.cudagraphs": plan.cuda_graphs})
         if self.world.size > 1:

@@ -68,12 +68,14 @@ def train(
         TrainingError: 损失不再是有限的数，检查点存不下，内存装不下一批，或与别的进程失去联系。
         ValueError: 设置与数据、与检查点不相符，或设备做不到所要求的。
     """
-    world, device = current_world(), pick_device(device)
+    if resume and not out:
+        raise ValueError("resume=True 时应给出 out，即检查点所在的文件夹；请补上，或去掉 resume 从头训练。")
+    world, place = current_world(), pick_device(device)
     steps_per_epoch = config.steps_per_epoch(len(data.train), world.size)
     total_steps = config.epochs * steps_per_epoch
-    saved = world.from_first(lambda: load_checkpoint(out)) if resume else None
+    saved = world.from_first(lambda: load_checkpoint(out)) if resume and out else None
     plan = make_plan(
-        data, config, device=device, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on,
+        data, config, device=place, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on,
         total_steps=total_steps, before=(saved or {}).get("ran_on"),
     )  # fmt: skip
     plan = world.from_first(lambda: plan).on(plan.device)

@@ -41,9 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         "scale": lambda o: bench_scale(o.largest, o.folder),
         "speedrun": lambda o: bench_speedrun(o.rounds, o.steps, o.search),
     }
-    parser = argparse.ArgumentParser(
-        prog="python -m vaelab.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m vaelab.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", choices=[*what, []], metavar="项目", help=f"{'、'.join(what)}（默认前三项）")
     parser.add_argument("--rounds", type=int, default=7, help="交错的轮数（默认 7）")
     parser.add_argument("--steps", type=int, default=15, help="每轮的步数（默认 15）")

@@ -32,6 +32,7 @@ def bench_allocator(rounds: int, steps: int = 4) -> dict:
         pages = {name: contest.go(name)[1] for name in jobs}
     result = {"batch_size": BATCH, "rounds": rounds, **pages, "ratio": ratio(seconds["usual"], seconds["kept"])}
     result["predicted"] = round(1 / (1 - pages["usual"]["kernel_share"] + pages["kept"]["kernel_share"]), 2)
-    print(f"每步缺页 {pages['usual']['faults_per_step']} → {pages['kept']['faults_per_step']}，内核态占 {pages['usual']['kernel_share']:.0%}，预言 {result['predicted']} 倍")
+    faults, share = ([pages[name][key] for name in jobs] for key in ("faults_per_step", "kernel_share"))
+    print(f"每步缺页 {faults[0]} → {faults[1]}，内核态占 {share[0]:.0%}，预言 {result['predicted']} 倍")
     say("留住释放的内存", result["ratio"])
     return result

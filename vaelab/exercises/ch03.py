@@ -22,10 +22,7 @@ def padding_of_a_four_wide_kernel(answer: object) -> None:
             "两者都不能为负，output_padding 要小于步长 2，padding 也不能把画布裁光。"
         ) from error
     if got != [6, 16]:
-        raise Wrong(
-            f"边长 3、8 变成了 {got[0]}、{got[1]}，应为 6、16；核大了 1，画布就大了 1，这一格要在 padding 与 "
-            "output_padding 里找回来。"
-        )
+        raise Wrong(f"边长 3、8 变成了 {got[0]}、{got[1]}，应为 6、16；核大了 1，画布就大了 1，这一格要在 padding 与 output_padding 里找回来。")
 
 
 known_wrong(
@@ -151,8 +148,7 @@ def bilinear_kernel(answer: object) -> None:
         raise Wrong("常数图放大后出现了棋盘格：核的四个相位之和不相等，见式(3.9)。")
     if abs(float(flat[0, 0, 0, 0]) - 1) > 1e-5:
         raise Wrong(
-            f"常数图 1 放大后变成了 {float(flat[0, 0, 0, 0]):.4g}；步长 2 时每格只收到核的四个相位之一，"
-            "所以要归一的是每一相的和，不是整个核的和。"
+            f"常数图 1 放大后变成了 {float(flat[0, 0, 0, 0]):.4g}；步长 2 时每格只收到核的四个相位之一，所以要归一的是每一相的和，不是整个核的和。"
         )
     x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(33), dtype=torch.float64)
     truth = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)[..., 4:-4, 4:-4]
@@ -161,8 +157,7 @@ def bilinear_kernel(answer: object) -> None:
         raise Wrong("这是最近邻放大：没有棋盘格，但每个输出只看了一个输入；双线性要看两个邻居，权重由距离定。")
     if not torch.allclose(enlarge(x), truth, atol=1e-5):
         raise Wrong(
-            "没有棋盘格，但插值的权重不对：输出像素 2i 的中心在 i−¼，它离 i 和 i−1 各多远，权重就反着分；"
-            "再想想这两个权重各在核的第几个位置。"
+            "没有棋盘格，但插值的权重不对：输出像素 2i 的中心在 i−¼，它离 i 和 i−1 各多远，权重就反着分；再想想这两个权重各在核的第几个位置。"
         )
 
 

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from vaelab.images import to_float
 from vaelab.exercises.judging import (
     Wrong,
     ask,
@@ -13,6 +12,7 @@ from vaelab.exercises.judging import (
     numbers,
     tensor,
 )
+from vaelab.images import to_float
 
 
 @checks("7.1")
