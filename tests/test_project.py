@@ -15,14 +15,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 def test_environment_yml_installs_exactly_this_project():
     lines = (ROOT / "environment.yml").read_text(encoding="utf-8").splitlines()
     entries = [line.strip()[2:] for line in lines if line.strip().startswith("- ")]
-    assert entries[entries.index("pip:") + 1 :] == ["-e ."]  # 别的依赖都写在 pyproject.toml
+    assert entries[entries.index("pip:") + 1 :] == ["-e .[lab,tests]"]  # 别的依赖都写在 pyproject.toml
     python = [entry for entry in entries if entry.startswith("python")]
     assert python == [f"python{PROJECT['requires-python']}"]
     assert f"name: {PROJECT['name']}" in lines
 
 
 def test_dependencies_have_lower_bounds_only():
-    for requirement in PROJECT["dependencies"]:
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    for requirement in (each for group in groups for each in group):
         assert re.fullmatch(r"[a-z0-9-]+>=[0-9.]+", requirement), requirement
 
 
@@ -33,3 +34,34 @@ def test_importing_the_model_needs_torch_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['_type', 'vanilla_vae']"
+
+
+def test_a_platform_with_torch_lacks_two_packages():
+    """README 让 Colab、AutoDL 一类的读者只装 zhplot 与 psutil：其余的依赖，带着 torch 与 Jupyter 的镜像都有。"""
+    brought = {"torch", "torchvision", "numpy", "matplotlib", "pillow", "tqdm", "filelock"}
+    names = {re.split("[>=]", requirement)[0] for requirement in PROJECT["dependencies"]}
+    assert names - brought == {"zhplot", "psutil"}
+    assert "`pip install zhplot psutil`" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_notebooks_and_modules_import_only_what_is_declared():
+    """笔记、vaelab 与 vanilla_vae.py 直接引用的包，都写在 dependencies 里（torch 自己带来的 sympy、笔记的前端 IPython 除外）。"""
+    import ast
+    import json
+
+    sources = [path.read_text(encoding="utf-8") for path in [ROOT / "vanilla_vae.py", *(ROOT / "vaelab").rglob("*.py")]]
+    for path in (ROOT / "notebooks").rglob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        sources += [
+            "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code" and "raises-exception" not in cell["metadata"].get("tags", [])
+        ]
+    found = set()
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found |= {each.name.split(".")[0] for each in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    here = {"vaelab", "vanilla_vae", "_type", "__future__", "old_type"}
+    declared = {{"pillow": "PIL"}.get(name, name) for name in (re.split("[>=]", each)[0] for each in PROJECT["dependencies"])}
+    assert found - set(sys.stdlib_module_names) - here - declared <= {"IPython", "sympy", "google"}
