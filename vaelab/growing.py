@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import textwrap
 from collections.abc import Callable
 
 
@@ -64,6 +65,6 @@ class Growing:
 
 def _tree(function: Callable) -> ast.FunctionDef:
     """一个函数的语法树；去掉最外面的装饰器（Growing 自己），别的留着。"""
-    (method,) = ast.parse(inspect.getsource(function)).body
+    (method,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     method.decorator_list.pop(0)
     return method
