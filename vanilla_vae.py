@@ -194,7 +194,7 @@ class VanillaVAE(nn.Module):
         size = self.image_size
         if not isinstance(x, Tensor) or not x.is_floating_point():
             came = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"图像应为 [-1, 1] 的浮点张量，收到 {came}；uint8 图像请先用 vaelab.data.to_float 转换。")
+            raise TypeError(f"图像应为 [-1, 1] 的浮点张量，收到 {came}；uint8 图像请先用 vaelab.images.to_float 转换。")
         dtype = self.fc_mu.weight.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"图像应与模型同为 {dtype}，收到 {x.dtype}；请先 .to({dtype})，或在 torch.autocast 之内调用。")
