@@ -19,7 +19,7 @@ ORDER = [
     "step", "plan", "memory", "transfer", "stepper", "interrupts", "train",
     "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "cli",
 ]  # fmt: skip
-FREE = {"prepare", "growing"}  # 笔记用的小工具，谁也不引用
+FREE = {"prepare", "growing", "jupyter"}  # 笔记用的小工具，谁也不引用
 
 
 def room(path: Path) -> str:

@@ -17,11 +17,11 @@ from pathlib import Path
 import nbformat
 import pytest
 from matplotlib.figure import Figure
+from stamp import FOLDED, KERNELSPEC, LANGUAGE_INFO, MARK, ROOT, cell, changes, current_address, notebooks
 
 import vanilla_vae
 from vaelab import evaluate, images, plan, provenance, step, stepper, train
 from vaelab.exercises.judging import all_checks
-from vaelab.stamp import MARK, ROOT, cell, changes, current_address, notebooks
 
 CHECKS = all_checks()
 CHINESE = r"[\u4e00-\u9fff]"
@@ -97,9 +97,12 @@ def format_is_valid(lesson: Lesson) -> Iterator[str]:
         nbformat.validate(lesson.book)
     except nbformat.ValidationError as error:
         yield f"不合 nbformat：{error.message}"
-    extra = set(lesson.book.metadata) - {"kernelspec", "language_info"}
-    if extra or lesson.book.metadata.get("kernelspec", {}).get("name") != "python3":
-        yield f"元数据只应有 kernelspec（python3）与 language_info，多出 {sorted(extra)}"
+    if extra := set(lesson.book.metadata) - {"kernelspec", "language_info"}:
+        yield f"元数据只应有 kernelspec 与 language_info，多出 {sorted(extra)}"
+    if lesson.book.metadata.get("kernelspec") != KERNELSPEC:
+        yield f"kernelspec 应为 {KERNELSPEC}"
+    if missing := LANGUAGE_INFO.keys() - lesson.book.metadata.get("language_info", {}).keys():
+        yield f"language_info 少了 {sorted(missing)}，在 JupyterLab 里一打开就算改动过；请运行 python tools/stamp.py --refresh"
 
 
 def executed_in_order(lesson: Lesson) -> Iterator[str]:
@@ -156,6 +159,18 @@ def starts_with_the_common_cell(lesson: Lesson) -> Iterator[str]:
     first = lesson.cells("code")[0]
     if not first.source.startswith(MARK) or first.outputs or lesson.book.cells.index(first) != 1:
         yield f"第二格应是以“{MARK}”开头、没有输出的准备单元"
+    if {**first.metadata, **FOLDED} != first.metadata:
+        yield f"准备单元应折起，元数据里要有 {FOLDED}"
+
+
+def cells_are_short(lesson: Lesson) -> Iterator[str]:
+    own = [each for each in lesson.cells("code") if not each.source.startswith(MARK)]
+    for code_cell in own:
+        if (length := len(code_cell.source.splitlines())) > 15:
+            yield f"一格至多 15 行，这一格 {length} 行：{code_cell.source[:60]!r}"
+    imports = next((each for each in own if re.search(r"^from (vaelab|vanilla_vae)", each.source, re.MULTILINE)), None)
+    if imports and (length := len(imports.source.splitlines())) > 12:
+        yield f"导入至多 12 行，这里 {length} 行；只有一节用的，在那一节导入"
 
 
 # —— 规则：内容 ——
@@ -240,9 +255,10 @@ def sections_in_order(lesson: Lesson) -> Iterator[str]:
         if actual != expected:
             yield f"各题应依次是 {expected}，实际是 {actual}"
         return
-    for word in ("先修", "用时", "难度", "学完你能"):
-        if word not in first:
-            yield f"第一格的卡片缺少“{word}”"
+    card = re.search(r"^\| \| \|\n\|---\|---\|\n((?:\|.*\|\n?)+)", first, re.MULTILINE)
+    words = re.findall(r"^\| (\S+) \| .+ \|$", card[1], re.MULTILINE) if card else []
+    if words != ["先修", "用时", "难度", "学完你能"]:
+        yield f"第一格的卡片应是四行的竖表：先修、用时、难度、学完你能，实际是 {words}"
     if [heading for heading in headings if heading in CLOSING] != CLOSING:
         yield f"结尾的小节应依次是 {CLOSING}，实际结尾是 {headings[-len(CLOSING) - 1 :]}"
     if lesson.markdown.count("先猜再跑") < 3:
@@ -296,7 +312,7 @@ def chinese_is_tidy(lesson: Lesson) -> Iterator[str]:
 
 RULES: list[Callable[[Lesson], Iterator[str]]] = [
     format_is_valid, executed_in_order, no_stray_output, nothing_of_this_machine, figures_say_where_they_come_from, few_unchecked_cells,
-    starts_with_the_common_cell, formulas_are_verified, referenced_formulas_exist, shown_source_is_real,
+    starts_with_the_common_cell, cells_are_short, formulas_are_verified, referenced_formulas_exist, shown_source_is_real,
     exercises_are_judged, sections_in_order, math_is_portable, links_and_pictures_work, chinese_is_tidy,
 ]  # fmt: skip
 
@@ -310,7 +326,7 @@ def test_notebook_keeps_every_rule(path):
 
 def test_every_notebook_carries_the_current_cell():
     stale = [path.name for path in changes(current_address())]
-    assert not stale, f"请运行 python -m vaelab.stamp --refresh：{stale}"
+    assert not stale, f"请运行 python tools/stamp.py --refresh：{stale}"
 
 
 def test_every_chapter_has_solutions_and_every_check_a_chapter():
@@ -333,7 +349,7 @@ def sample(solution: bool = False) -> Lesson:
     text = nbformat.v4.new_markdown_cell
     numbers = sorted(number for number in CHECKS if number.startswith("5."))
     if solution:
-        cells = [text("# 05 解答\n\n题目在 [05 章](../05_kl_divergence.ipynb)。"), code(cell())]
+        cells = [text("# 05 解答\n\n题目在 [05 章](../05_kl_divergence.ipynb)。"), code(cell(), **FOLDED)]
         for n in numbers:
             name = n.replace(".", "_")
             cells += [text(f"## 练习 {n}\n由式(5.8) 可得。")]
@@ -342,7 +358,7 @@ def sample(solution: bool = False) -> Lesson:
     else:
         card = "| | |\n|---|---|\n| 先修 | [04 章](04_reparameterization.ipynb) |\n| 用时 | 20 分钟 |\n| 难度 | ★ |\n| 学完你能 | 推导 |"
         formula = "$$\\begin{aligned}a&=b\\end{aligned} \\tag{5.1}$$\n\n式(5.1) 里 $q(x\\mid z)$ 是后验。"
-        cells = [text(f"# 05 KL 散度\n\n一句话。\n\n{card}"), code(cell()), text(f"## 1 直觉\n\n**先猜再跑。** 是几？\n\n{formula}")]
+        cells = [text(f"# 05 KL 散度\n\n一句话。\n\n{card}"), code(cell(), **FOLDED), text(f"## 1 直觉\n\n**先猜再跑。** 是几？\n\n{formula}")]
         cells += [code('compare("式(5.1)：一致", a, b)', "✓ 式(5.1)：一致\n"), text("## 2 公式\n\n**先猜再跑。** 大还是小？")]
         cells += [code(f"a{i} = {i}\na{i}", "1\n") for i in range(10)]
         cells += [code("assert loss < 1; loss", "0.123\n", tags=["nbval-ignore-output"])]
@@ -351,7 +367,7 @@ def sample(solution: bool = False) -> Lesson:
         source = inspect.getsource(vanilla_vae.VanillaVAE.sample)
         cells += [text("## 小结\n\n- 一条。"), text("## 回到 vanilla_vae.py")]
         cells += [code("print(inspect.getsource(VanillaVAE.sample))", source + "\n"), text("## 参考文献\n\n- 论文。")]
-    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": dict(KERNELSPEC), "language_info": dict(LANGUAGE_INFO)})
     for count, each in enumerate((each for each in book.cells if each.cell_type == "code"), 1):
         each.execution_count = count
     path = ROOT / "notebooks/solutions/05_kl_divergence.ipynb" if solution else ROOT / "notebooks/05_kl_divergence.ipynb"
@@ -424,6 +440,7 @@ DEFECTS = {
     "没有单元编号": (format_is_valid, lambda lesson: lesson.book.cells[0].pop("id")),
     "存了 widgets": (format_is_valid, lambda lesson: lesson.book.metadata.update(widgets={})),
     "别的内核": (format_is_valid, lambda lesson: lesson.book.metadata.kernelspec.update(name="myenv")),
+    "没有版本号": (format_is_valid, lambda lesson: lesson.book.metadata.language_info.pop("version")),
     "没有执行": (executed_in_order, lambda lesson: lesson.cells("code")[3].update(execution_count=None)),
     "执行过两遍": (executed_in_order, lambda lesson: lesson.cells("code")[3].update(execution_count=40)),
     "有警告": (no_stray_output, add(output=stream("UserWarning", "stderr"))),
@@ -444,6 +461,8 @@ DEFECTS = {
     "不比较又没有 assert": (few_unchecked_cells, edit("assert loss < 1; loss", "loss")),
     "没有准备单元": (starts_with_the_common_cell, edit(MARK, "# 别的")),
     "准备单元有输出": (starts_with_the_common_cell, lambda lesson: lesson.cells("code")[0].outputs.append(stream("x"))),
+    "准备单元没有折起": (starts_with_the_common_cell, lambda lesson: lesson.cells("code")[0].metadata.clear()),
+    "准备单元只在一处折起": (starts_with_the_common_cell, lambda lesson: lesson.cells("code")[0].metadata.pop("cellView")),
     "公式没有核对": (formulas_are_verified, edit("✓ 式(5.1)：一致", "✓ 一致")),
     "核对没有通过": (formulas_are_verified, edit("✓ 式(5.1)", "✗ 式(5.1)")),
     "核对在公式之前": (formulas_are_verified, lambda lesson: lesson.book.cells.insert(2, lesson.book.cells.pop(3))),
@@ -455,6 +474,9 @@ DEFECTS = {
     "没有检查的练习": (exercises_are_judged, add('exercise("5.9", ...)')),
     "空白处已作答": (exercises_are_judged, edit("○ 练习 5.1 还没有作答", "✓ 练习 5.1 通过")),
     "没有卡片": (sections_in_order, edit("| 难度 |", "| 星级 |")),
+    "卡片加粗": (sections_in_order, edit("| 先修 |", "| **先修** |")),
+    "长的单元": (cells_are_short, add("\n".join(["x = 1"] * 16))),
+    "长的导入": (cells_are_short, lambda lesson: lesson.cells("code")[1].update(source="\n".join(["from vaelab import plot"] * 13))),
     "少一节": (sections_in_order, edit("## 小结", "### 小结")),
     "次序颠倒": (sections_in_order, lambda lesson: lesson.book.cells.append(lesson.book.cells.pop(-4))),
     "没有先猜": (sections_in_order, edit("先猜再跑", "运行")),

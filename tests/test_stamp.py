@@ -1,18 +1,20 @@
-"""vaelab/stamp.py：准备单元在 Colab 与各处都找得到课程；地址写进去又去得掉，其余一字不动。"""
+"""tools/stamp.py 与 vaelab/prepare.py：准备单元在 Colab 与各处都找得到课程；地址写进去又去得掉，其余一字不动。"""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-
-from vaelab.stamp import BADGE, MARK, ROOT, StampError, cell, clean_address, notebooks
+from stamp import BADGE, CELL, FOLDED, MARK, ROOT, StampError, cell, clean_address, notebooks
 
 GITHUB = "https://github.com/someone/vae-zh"
 
@@ -23,7 +25,7 @@ GITHUB = "https://github.com/someone/vae-zh"
 def copy_course(target: Path) -> Path:
     """课程的一份拷贝：git 会带走的文件，没有 git 时是模块文件。"""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "--", "*.py"], cwd=ROOT, capture_output=True, text=True)
-    for name in listed.stdout.split() or ["vanilla_vae.py", "_type.py", "vaelab/__init__.py", "vaelab/check.py"]:
+    for name in listed.stdout.split() or ["vanilla_vae.py", "_type.py", "vaelab/__init__.py", "vaelab/prepare.py"]:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target / name)
     return target
@@ -43,13 +45,16 @@ def colab(tmp_path):
     return tmp_path / "content"
 
 
-def run_cell(cwd: Path, packages: Path | None = None, address: str = "", after: str = "") -> subprocess.CompletedProcess:
+def run_cell(
+    cwd: Path, packages: Path | None = None, address: str = "", after: str = "", environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """运行准备单元，再打印找到的课程在哪里；给出 ``packages`` 就当作在 Colab 上。"""
     source = "import google.colab\n" * bool(packages) + cell(address)
     source += "\nimport vaelab, pathlib; print(pathlib.Path(vaelab.__file__).resolve().parent.parent)\n" + after
-    environment = {**os.environ, "PYTHONPATH": str(packages or ""), "PYTHONIOENCODING": "utf-8"}
+    usual = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}  # conftest.py 设了它
+    usual |= {"PYTHONPATH": str(packages or ""), "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-S", "-c", source]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8")
+    return subprocess.run(command, cwd=cwd, env=usual | (environment or {}), capture_output=True, text=True, encoding="utf-8")
 
 
 def found_by(done: subprocess.CompletedProcess) -> Path:
@@ -106,17 +111,79 @@ def test_without_a_course_the_reader_sees_one_sentence(colab, tmp_path, address)
     assert ("git clone" in done.stderr.splitlines()[-1]) == bool(address)
 
 
+HIDE = """
+import os, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+sys.path[:] = [place for place in sys.path if not os.path.exists(os.path.join(place, "vaelab"))]
+os.environ.pop("GOMP_SPINCOUNT", None)
+"""
+
+
+def run_in_a_notebook(cwd: Path, *sources: str) -> list[list]:
+    """在真的内核里依次运行各格，课程没有安装；返回各格的输出，到出错的一格为止。"""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (HIDE, *sources)])
+    with contextlib.suppress(CellExecutionError):
+        NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(cwd)}}).execute()
+    return [each.outputs for each in book.cells[1:]]
+
+
 def test_in_a_notebook_the_message_comes_without_a_traceback(tmp_path):
-    hide = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]"
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (hide, cell())])
-    client = NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
-    try:
-        client.execute()
-    except CellExecutionError:
-        (output,) = book.cells[1].outputs
-        assert len(output.traceback) == 1 and output.traceback[0].startswith("没有找到课程：请上传")
-    else:
-        pytest.skip("这个环境里安装了课程，找得到")
+    ((output,),) = run_in_a_notebook(tmp_path, cell())
+    assert output.output_type == "error" and len(output.traceback) == 1
+    assert re.fullmatch(r"没有找到课程：请上传课程的 zip 到 \S+（Colab 以外请解压），再运行这一格。", output.traceback[0])
+
+
+def test_in_a_notebook_running_it_again_after_fetching_the_course_works(tmp_path):
+    copy_course(tmp_path / "fetched")
+    (tmp_path / "work").mkdir()
+    failing = f"try:\n{textwrap.indent(cell(), '    ')}\nexcept ImportError:\n    import shutil; shutil.move('../fetched', 'vae-zh')"
+    where = "print(vaelab.prepare.__file__)"
+    *_, (output,) = run_in_a_notebook(tmp_path / "work", failing, cell(), where)
+    assert Path(output.text.strip()) == (tmp_path / "work/vae-zh/vaelab/prepare.py").resolve()
+
+
+def test_in_a_notebook_it_says_nothing_and_may_run_twice(tmp_path):
+    copy_course(tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    assert run_in_a_notebook(tmp_path / "notebooks", cell(), cell(GITHUB)) == [[], []]
+
+
+def test_the_threads_spin_less_before_torch_is_imported(tmp_path):
+    copy_course(tmp_path)
+    after = "import os, sys; print(os.environ['GOMP_SPINCOUNT'], sorted(sys.modules.keys() & {'torch', 'numpy', 'matplotlib'}))"
+    for environment, expected in (({}, "10000 []"), ({"GOMP_SPINCOUNT": "7"}, "7 []")):
+        done = run_cell(tmp_path, after=after, environment=environment)
+        assert found_by(done) == tmp_path.resolve() and done.stdout.splitlines()[1:] == [expected]
+
+
+def test_an_installed_course_needs_no_folder_nearby(tmp_path):
+    course = copy_course(tmp_path / "site-packages")
+    (tmp_path / "elsewhere").mkdir()
+    done = run_cell(tmp_path / "elsewhere", environment={"PYTHONPATH": str(course)})
+    assert found_by(done) == course.resolve() and not done.stderr
+
+
+def test_the_folder_nearby_comes_before_the_installed_course(tmp_path):
+    installed, nearby = (copy_course(tmp_path / name) for name in ("site-packages", "work/vae-zh"))
+    assert found_by(run_cell(nearby, environment={"PYTHONPATH": str(installed)})) == nearby.resolve()
+
+
+def test_elsewhere_an_archive_stays_as_it_is(tmp_path):
+    shutil.make_archive(str(tmp_path / "work/course"), "zip", copy_course(tmp_path / "upload"))
+    done = run_cell(tmp_path / "work", address="file:///nowhere")
+    assert "请上传课程的 zip 到" in done.stderr and os.listdir(tmp_path / "work") == ["course.zip"]
+
+
+def test_someone_elses_model_is_not_the_course(tmp_path):
+    (tmp_path / "vaelab").mkdir()
+    (tmp_path / "vaelab/__init__.py").touch()
+    (tmp_path / "vanilla_vae.py").touch()
+    assert "没有找到课程" in run_cell(tmp_path).stderr.splitlines()[-1]
+
+
+def test_the_cell_is_short_and_starts_with_its_title():
+    lines = CELL.splitlines()
+    assert lines[0].startswith(MARK) and len(lines) <= 23 and max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize("folder", [".", "notebooks", "notebooks/solutions", "notebooks/a/b", ".."])
@@ -135,8 +202,8 @@ def test_elsewhere_it_is_idle_and_finds_the_clone_around(tmp_path, folder):
 
 @pytest.fixture
 def tree(tmp_path):
-    """笔记、README 与 vaelab/stamp.py 的一份拷贝，笔记已换上准备单元。"""
-    for path in (*notebooks(), ROOT / "vaelab/__init__.py", ROOT / "vaelab/stamp.py"):
+    """笔记、README 与 tools/stamp.py 的一份拷贝，笔记已换上准备单元。"""
+    for path in (*notebooks(), ROOT / "tools/stamp.py"):
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     readme = "# 课程\n\n<!-- 地址：开始 --><!-- 地址：结束 -->\n\n正文\n"
@@ -146,7 +213,7 @@ def tree(tmp_path):
 
 
 def stamp(tree: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-S", "-m", "vaelab.stamp", *arguments]
+    command = [sys.executable, "-S", "tools/stamp.py", *arguments]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, encoding="utf-8")
 
@@ -179,10 +246,42 @@ def test_stamp_and_remove_are_exact_inverses(tree, address):
 
 def test_check_names_what_is_stale(tree):
     path = notebooks(tree)[0]
-    path.write_text(path.read_text(encoding="utf-8").replace("import importlib.util, os", "import os"), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace("import os, pathlib, subprocess", "import os, subprocess"), encoding="utf-8")
     done = stamp(tree, "--check")
     assert done.returncode == 1 and done.stdout.count("✗") == 1 and path.name in done.stdout
     assert stamp(tree, "--refresh").returncode == 0 and stamp(tree, "--check").returncode == 0
+
+
+OLD_CELL = "# 准备：找到课程，让下面的 import 可用。\nADDRESS = {address}  # 课程的 git 地址\nimport importlib.util"
+
+
+@pytest.mark.parametrize("address", ["", GITHUB])
+def test_refresh_replaces_an_old_cell_folds_it_and_completes_the_metadata(tree, address):
+    stamp(tree, address or "--remove")
+    path, fresh = notebooks(tree)[3], contents(tree)
+    book = nbformat.reads(fresh[path].decode(), 4)
+    first = next(each for each in book.cells if each.cell_type == "code")
+    first.source, first.metadata = OLD_CELL.format(address=json.dumps(address)), {}
+    book.metadata.language_info = {"name": "python", "version": book.metadata.language_info.version}
+    book.metadata.kernelspec.display_name = "别的名字"
+    for each in notebooks(tree):
+        each.write_text(nbformat.writes(book if each == path else nbformat.reads(fresh[each].decode(), 4)) + "\n", encoding="utf-8", newline="\n")
+    assert path.name in stamp(tree, "--check").stdout
+    assert stamp(tree, "--refresh").returncode == 0 and contents(tree) == fresh
+
+
+def test_every_cell_is_folded_and_other_metadata_is_kept(tree):
+    path = notebooks(tree)[0]
+    text = path.read_text(encoding="utf-8")
+    book = json.loads(text)
+    assert book["cells"][1]["metadata"] == FOLDED
+    book["cells"][1]["metadata"] = {"tags": ["mine"], "jupyter": {"source_hidden": False}}
+    book["metadata"]["language_info"]["version"] = "3.99.0"
+    path.write_text(json.dumps(book, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
+    assert stamp(tree, "--refresh").returncode == 0
+    book = json.loads(path.read_text(encoding="utf-8"))
+    assert book["cells"][1]["metadata"] == {**FOLDED, "tags": ["mine"]}
+    assert book["metadata"]["language_info"]["version"] == "3.99.0"  # 执行它的 Python，不是写地址的 Python
 
 
 def test_different_addresses_are_an_error_and_stamping_again_repairs_it(tree):
@@ -195,7 +294,7 @@ def test_different_addresses_are_an_error_and_stamping_again_repairs_it(tree):
 
 def test_a_notebook_without_the_cell_stops_before_anything_is_written(tree):
     last = notebooks(tree)[-1]
-    last.write_text(last.read_text(encoding="utf-8").replace(MARK, "# 别的"), encoding="utf-8")
+    last.write_text(last.read_text(encoding="utf-8").replace(MARK, "#@title 别的"), encoding="utf-8")
     before = contents(tree)
     done = stamp(tree, GITHUB)
     assert done.returncode == 2 and last.name in done.stderr and "Traceback" not in done.stderr

@@ -97,7 +97,7 @@ def build(script: Path, root: Path = ROOT) -> Path:
     book.metadata = nbformat.from_dict({"kernelspec": stamp.KERNELSPEC})
     book.nbformat, book.nbformat_minor = 4, 5
     path.write_text(nbformat.writes(book, version=nbformat.NO_CONVERT) + "\n", encoding="utf-8")
-    stamp.install_cell(path, stamp.current_address(root), root)
+    path.write_text(stamp.stamped(path, stamp.current_address(root), root), encoding="utf-8")
     if reasons := execute(path):
         raise ChapterError(f"{path.relative_to(root)} 没有存好：" + "；".join(reasons))
     return path

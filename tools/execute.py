@@ -1,6 +1,6 @@
 """在全新的内核里运行笔记，把输出存回去：``python tools/execute.py [笔记 …]``，不写就是全部。
 
-存下的文件只有 kernelspec 与 language_info 两样元数据，没有版本号；出错、往 stderr 写字的笔记不存，说出是哪一格。
+存下的文件只有 kernelspec 与 language_info 两样元数据，与 JupyterLab 打开时写的一样；出错、往 stderr 写字的笔记不存，说出是哪一格。
 """
 
 from __future__ import annotations
@@ -13,11 +13,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # 没有安装课程时也找得到 vaelab
-
-from vaelab.stamp import notebooks  # noqa: E402
+from stamp import KERNELSPEC, ROOT, notebooks
 
 
 def execute(path: Path) -> list[str]:
@@ -48,8 +44,7 @@ def execute(path: Path) -> list[str]:
     for each in book.cells:
         if each.cell_type == "code":
             each.outputs = joined(each.outputs)
-    language = {key: book.metadata.language_info[key] for key in ("file_extension", "mimetype", "name", "pygments_lexer")}
-    book.metadata = {"kernelspec": book.metadata.kernelspec, "language_info": language}
+    book.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": book.metadata.language_info})  # 后者由内核自己报告
     text = nbformat.writes(book, version=nbformat.NO_CONVERT)
     path.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8", newline="\n")
     return []

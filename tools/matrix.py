@@ -21,8 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from other_machine import kernel_environment  # noqa: E402
-
-from vaelab.stamp import notebooks  # noqa: E402
+from stamp import notebooks  # noqa: E402
 
 
 @dataclass(frozen=True)

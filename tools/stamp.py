@@ -1,10 +1,10 @@
-"""每本笔记的第一个代码单元，以及把仓库地址写进去的命令。
+"""每本笔记的第一个代码单元（准备单元）、整本的元数据，以及把仓库地址写进去的命令。
 
 用法：
-  python -m vaelab.stamp 地址        把仓库地址写进所有笔记与 README；地址在 GitHub 上时再加“在 Colab 打开”的徽章
-  python -m vaelab.stamp --remove    去掉地址与徽章，文件回到写入之前的样子
-  python -m vaelab.stamp --refresh   单元的模板改过之后，把新的单元写进所有笔记，地址不变
-  python -m vaelab.stamp --check     检查每本笔记的单元、地址与徽章是否一致；不一致时退出码为 1
+  python tools/stamp.py 地址        把仓库地址写进所有笔记与 README；地址在 GitHub 上时再加“在 Colab 打开”的徽章
+  python tools/stamp.py --remove    去掉地址与徽章，文件回到写入之前的样子
+  python tools/stamp.py --refresh   单元的模板改过之后，把新的单元写进所有笔记，地址不变
+  python tools/stamp.py --check     检查每本笔记的单元、元数据、地址与徽章是否一致；不一致时退出码为 1
 
 地址可以是 https://github.com/某人/某仓库，也可以是 git clone 认得的其他地址或本机的文件夹。
 README 里的地址写在 <!-- 地址：开始 --> 与 <!-- 地址：结束 --> 之间；没有这两个标记时不改 README。"""
@@ -18,41 +18,50 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = "# 准备：找到课程"  # 单元以它开头，更换时凭它找到旧的单元
+MARK = "#@title 准备：找到课程"  # 单元以它开头；#@title 是 Colab 折起代码之后显示的标题
+OLD_OR_NEW = re.compile(r"#(@title)? 准备：找到课程")  # 更换时凭它找到旧的单元
 NO_ADDRESS = 'ADDRESS = ""'
 
-# 凭 vaelab/check.py 认出课程；vanilla_vae.py 这个名字在别人的仓库里也有。
+# 这里只做找到课程之前必须做的事，其余的在 vaelab/prepare.py。凭那个文件认出课程；vanilla_vae.py 这个名字在别人的仓库里也有。
 # 云端硬盘只看两层：逐个文件夹翻找一个大的硬盘要几分钟。
 CELL = """\
-# 准备：找到课程，让下面的 import 可用。在 Colab 上还会取来课程、补装中文字体；在别处什么也不改动。
-import importlib.util, os, pathlib, subprocess, sys, zipfile
-
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # 别的程序在忙时，torch 的线程少空转
+#@title 准备：找到课程，让下面的 import 可用
+import os, pathlib, subprocess, sys, zipfile
 ADDRESS = ""  # 课程的 git 地址
-here, on_colab = pathlib.Path.cwd(), "google.colab" in sys.modules
-
-class CourseNotFound(Exception):
-    def _render_traceback_(self):  # 只显示这一句话，不显示回溯
-        return [str(self)]
+here = pathlib.Path.cwd()
 
 def find_course():
     places = [here, *here.parents, *here.glob("*"), *here.glob("drive/MyDrive/*"), *here.glob("drive/MyDrive/*/*")]
-    return next((str(place) for place in places if os.path.isfile(place / "vaelab/check.py")), None)
+    return [str(place) for place in places if os.path.isfile(place / "vaelab/prepare.py")][:1]
 
-if on_colab and not find_course():
-    for archive in filter(zipfile.is_zipfile, here.glob("*.zip")):
-        with zipfile.ZipFile(archive) as uploaded:
-            if any(name.endswith("vaelab/check.py") for name in uploaded.namelist()):
-                uploaded.extractall(here)
+if "google.colab" in sys.modules and not find_course():  # 只在 Colab 上取来课程，在别处什么也不改动
+    for archive in map(zipfile.ZipFile, filter(zipfile.is_zipfile, here.glob("*.zip"))):
+        if "vaelab/prepare.py" in " ".join(archive.namelist()):
+            archive.extractall()
     if ADDRESS and not find_course():
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS])
-if course := find_course():
-    sys.path.insert(0, course)
-elif importlib.util.find_spec("vaelab") is None:
-    how = f"上传课程的 zip 到 {here}（Colab 以外请解压）" + f"，或在那里运行 git clone {ADDRESS}" * bool(ADDRESS)
-    raise CourseNotFound(f"没有找到课程：请{how}，再运行这一格。")
-if on_colab and importlib.util.find_spec("zhplot") is None:  # Colab 只缺这一个包
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "zhplot"], check=True)"""
+sys.path[:0] = find_course()
+try:
+    import vaelab.prepare
+except ImportError as error:
+    clone = ADDRESS and f"，或在那里运行 git clone {ADDRESS}"
+    error.msg = f"没有找到课程：请上传课程的 zip 到 {here}（Colab 以外请解压）{clone}，再运行这一格。"
+    error._render_traceback_ = [error.msg].copy  # 只显示这一句话，不显示回溯
+    raise"""
+FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}  # 折起：前一项给 Colab，后一项给 JupyterLab
+
+# JupyterLab 在内核启动时写进笔记的两项元数据，取自 kernelspec 与 ipykernel。存着的与它写的完全相同（包括版本号），打开的笔记才不算改动过；
+# 读者的 Python 是别的版本时，由 vaelab/jupyter.py 换上。
+KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+LANGUAGE_INFO = {
+    "codemirror_mode": {"name": "ipython", "version": 3},
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "name": "python",
+    "nbconvert_exporter": "python",
+    "pygments_lexer": "ipython3",
+    "version": sys.version.split()[0],
+}
 
 COLAB = "https://colab.research.google.com"
 BADGE = re.compile(rf"\n\n\[!\[[^\]]*\]\({re.escape(COLAB)}/assets/[^)]*\)\]\([^)]*\)")
@@ -101,13 +110,16 @@ def notebooks(root: Path = ROOT) -> list[Path]:
 
 
 def stamped(path: Path, address: str, root: Path = ROOT) -> str:
-    """笔记 ``path`` 换上准备单元与徽章之后的全文；其余内容（含输出）逐字不变。"""
+    """笔记 ``path`` 换上准备单元、徽章与元数据之后的全文；其余内容（含输出）逐字不变。"""
     text = path.read_text(encoding="utf-8")
     notebook = json.loads(text)
-    code = [each for each in notebook["cells"] if "".join(each["source"]).startswith(MARK)]
+    code = [each for each in notebook["cells"] if OLD_OR_NEW.match("".join(each["source"]))]
     if len(code) != 1:
         raise StampError(f"{path.name} 里以“{MARK}”开头的单元应恰有一个，找到 {len(code)} 个。")
     code[0]["source"], code[0]["outputs"] = cell(address).splitlines(keepends=True), []
+    code[0]["metadata"] = dict(sorted({**code[0]["metadata"], **FOLDED}.items()))
+    language = {**LANGUAGE_INFO, **notebook["metadata"].get("language_info", {})}
+    notebook["metadata"] = {**notebook["metadata"], "kernelspec": KERNELSPEC, "language_info": dict(sorted(language.items()))}
     title = next(each for each in notebook["cells"] if each["cell_type"] == "markdown")
     first, *rest = BADGE.sub("", "".join(title["source"])).split("\n", 1)
     first += badge(address, path.relative_to(root).as_posix())
@@ -121,11 +133,6 @@ def stamped_readme(text: str, address: str) -> str:
     return README_BLOCK.sub(lambda found: found[1] + block + found[2], text)
 
 
-def install_cell(path: Path, address: str = "", root: Path = ROOT) -> None:
-    """把准备单元写进一本笔记，替换以“# 准备：找到课程”开头的那一格。"""
-    _write({path: stamped(path, address, root)})
-
-
 def current_address(root: Path = ROOT) -> str:
     """笔记里现有的地址，没有则为空；还没有换上准备单元的笔记不算。
 
@@ -136,12 +143,12 @@ def current_address(root: Path = ROOT) -> str:
         json.loads(line.split("  #")[0].removeprefix("ADDRESS = "))
         for path in notebooks(root)
         for each in json.loads(path.read_text(encoding="utf-8"))["cells"]
-        if "".join(each["source"]).startswith(MARK)
+        if OLD_OR_NEW.match("".join(each["source"]))
         for line in each["source"]
         if line.startswith("ADDRESS = ")
     }
     if len(found) > 1:
-        raise StampError(f"各笔记里的地址不同（{'、'.join(map(repr, sorted(found)))}）；请用“python -m vaelab.stamp 地址”重写一遍。")
+        raise StampError(f"各笔记里的地址不同（{'、'.join(map(repr, sorted(found)))}）；请用“python tools/stamp.py 地址”重写一遍。")
     return found.pop() if found else ""
 
 
@@ -168,7 +175,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             case ["--check"]:
                 stale = changes(current_address(root), root)
                 for path in stale:
-                    print(f"✗ {path.relative_to(root)} 不一致；请运行 python -m vaelab.stamp --refresh。")
+                    print(f"✗ {path.relative_to(root)} 不一致；请运行 python tools/stamp.py --refresh。")
                 if stale:
                     return 1
                 print(f"✓ {len(notebooks(root))} 本笔记一致，地址：{current_address(root) or '（没有）'}")
