@@ -294,7 +294,7 @@ def test_different_addresses_are_an_error_and_stamping_again_repairs_it(tree):
 
 def test_a_notebook_without_the_cell_stops_before_anything_is_written(tree):
     last = notebooks(tree)[-1]
-    last.write_text(last.read_text(encoding="utf-8").replace(MARK, "#@title 别的"), encoding="utf-8")
+    last.write_text(last.read_text(encoding="utf-8").replace(MARK, "# @title 别的"), encoding="utf-8")
     before = contents(tree)
     done = stamp(tree, GITHUB)
     assert done.returncode == 2 and last.name in done.stderr and "Traceback" not in done.stderr

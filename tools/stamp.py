@@ -18,21 +18,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = "#@title 准备：找到课程"  # 单元以它开头；#@title 是 Colab 折起代码之后显示的标题
-OLD_OR_NEW = re.compile(r"#(@title)? 准备：找到课程")  # 更换时凭它找到旧的单元
+MARK = "# @title 准备：找到课程"  # 单元以它开头；# @title 是 Colab 折起代码之后显示的标题
+OLD_OR_NEW = re.compile(r"# ?(@title)? ?准备：找到课程")  # 更换时凭它找到旧的单元
 NO_ADDRESS = 'ADDRESS = ""'
 
 # 这里只做找到课程之前必须做的事，其余的在 vaelab/prepare.py。凭那个文件认出课程；vanilla_vae.py 这个名字在别人的仓库里也有。
 # 云端硬盘只看两层：逐个文件夹翻找一个大的硬盘要几分钟。
 CELL = """\
-#@title 准备：找到课程，让下面的 import 可用
-import os, pathlib, subprocess, sys, zipfile
+# @title 准备：找到课程，让下面的 import 可用
+import os, pathlib, subprocess, sys, zipfile  # noqa: E401, I001
+
 ADDRESS = ""  # 课程的 git 地址
 here = pathlib.Path.cwd()
+
 
 def find_course():
     places = [here, *here.parents, *here.glob("*"), *here.glob("drive/MyDrive/*"), *here.glob("drive/MyDrive/*/*")]
     return [str(place) for place in places if os.path.isfile(place / "vaelab/prepare.py")][:1]
+
 
 if "google.colab" in sys.modules and not find_course():  # 只在 Colab 上取来课程，在别处什么也不改动
     for archive in map(zipfile.ZipFile, filter(zipfile.is_zipfile, here.glob("*.zip"))):
@@ -42,7 +45,7 @@ if "google.colab" in sys.modules and not find_course():  # 只在 Colab 上取�
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS])
 sys.path[:0] = find_course()
 try:
-    import vaelab.prepare
+    import vaelab.prepare  # noqa: F401
 except ImportError as error:
     clone = ADDRESS and f"，或在那里运行 git clone {ADDRESS}"
     error.msg = f"没有找到课程：请上传课程的 zip 到 {here}（Colab 以外请解压）{clone}，再运行这一格。"
