@@ -143,7 +143,7 @@ def figures_say_where_they_come_from(lesson: Lesson) -> Iterator[str]:
         for each in code_cell.outputs:
             picture = base64.b64decode(each.get("data", {}).get("image/png", ""))
             if b"Software\0Matplotlib" in picture and provenance.read(picture) is None:
-                yield f"matplotlib 画的图没有带来历；请用 tools/execute.py 重新运行：{code_cell.source[:60]!r}"
+                yield f"matplotlib 画的图没有带来历；请用 tools/chapter.py run 重新运行：{code_cell.source[:60]!r}"
 
 
 def few_unchecked_cells(lesson: Lesson) -> Iterator[str]:

@@ -1,19 +1,16 @@
-"""在全新的内核里运行笔记，把输出存回去：``python tools/execute.py [笔记 …]``，不写就是全部。
+"""在全新的内核里运行笔记，把输出存回去；命令是 ``python tools/chapter.py run``。
 
 存下的文件只有 kernelspec 与 language_info 两样元数据，与 JupyterLab 打开时写的一样；出错、往 stderr 写字的笔记不存，说出是哪一格。
 """
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from stamp import KERNELSPEC, ROOT, notebooks
+from stamp import KERNELSPEC
 
 
 def execute(path: Path) -> list[str]:
@@ -59,23 +56,3 @@ def joined(outputs: list) -> list:
         else:
             result.append(output)
     return result
-
-
-def main(arguments: list[str]) -> int:
-    failed = False
-    for path in [Path(each).resolve() for each in arguments] or notebooks(ROOT):
-        started = time.perf_counter()
-        reasons = execute(path)
-        failed |= bool(reasons)
-        print(
-            f"{'✗' if reasons else '✓'} {path.relative_to(ROOT)}　{time.perf_counter() - started:.0f} 秒",
-            *reasons,
-            sep="\n  " if reasons else "",
-            flush=True,
-        )
-    return int(failed)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # 与测试相同，见 conftest.py
-    raise SystemExit(main(sys.argv[1:]))
