@@ -26,15 +26,6 @@ C, H, W = 1, 2, 4
 D = C * H * W
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """模型都很小，多线程的同步比计算还贵几十倍。"""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class LinearGaussian(nn.Module):
     """p(x|z) = N(Wz + b, σ²I)，W 的各列正交，所以真后验恰好是对角高斯；``bad`` 把 q 故意弄坏。"""
 

@@ -19,15 +19,6 @@ from vanilla_vae import VanillaVAE
 REFERENCE = Path(__file__).parent.parent.parent / "shared/reference/public_vanilla_vae.npz"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """模型都很小，多线程的同步比计算还贵几十倍。"""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny(size: int = 16, widths=(4, 6), channels: int = 3) -> tuple[VanillaVAE, torch.Tensor]:
     """一个小模型和一批图；走过几步训练态的前向，批归一化的统计量已不是默认值，log_var 也不全是零。"""
     torch.manual_seed(0)

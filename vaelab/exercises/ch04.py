@@ -6,15 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Laplace, Normal
 
-from vaelab.exercises.judging import (
-    Wrong,
-    ask,
-    checks,
-    known_wrong,
-    number,
-    numbers,
-    tensor,
-)
+from vaelab.exercises.judging import Wrong, ask, checks, known_wrong, number, numbers, tensor
 
 
 def _cut_off(z: object, **inputs: Tensor) -> str:

@@ -6,15 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from vaelab.exercises.judging import (
-    Wrong,
-    ask,
-    checks,
-    close,
-    known_wrong,
-    numbers,
-    tensor,
-)
+from vaelab.exercises.judging import Wrong, ask, checks, close, known_wrong, numbers, tensor
 
 
 @checks("5.1")

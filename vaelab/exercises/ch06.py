@@ -7,15 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Laplace, Normal, kl_divergence
 
-from vaelab.exercises.judging import (
-    Wrong,
-    ask,
-    checks,
-    known_wrong,
-    number,
-    numbers,
-    tensor,
-)
+from vaelab.exercises.judging import Wrong, ask, checks, known_wrong, number, numbers, tensor
 
 
 @checks("6.1")

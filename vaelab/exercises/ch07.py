@@ -3,15 +3,7 @@
 import torch
 from torch import Tensor
 
-from vaelab.exercises.judging import (
-    Wrong,
-    ask,
-    checks,
-    known_wrong,
-    number,
-    numbers,
-    tensor,
-)
+from vaelab.exercises.judging import Wrong, ask, checks, known_wrong, number, numbers, tensor
 from vaelab.images import to_float
 
 

@@ -5,16 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from vaelab.exercises.judging import (
-    Wrong,
-    ask,
-    checks,
-    known_wrong,
-    number,
-    numbers,
-    shown,
-    tensor,
-)
+from vaelab.exercises.judging import Wrong, ask, checks, known_wrong, number, numbers, shown, tensor
 from vanilla_vae import VanillaVAE
 
 
