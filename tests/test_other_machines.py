@@ -5,15 +5,12 @@ import os
 import subprocess
 import sys
 
+import other_machine
 import pytest
 import torch
 from torch import nn
 
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-import other_machine
-
 from vaelab import step, stepper
 from vaelab.config import LOSSES, TrainConfig
 from vaelab.data import _fit, load

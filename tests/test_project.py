@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT
 
-tomllib = pytest.importorskip("tomllib", reason="标准库的 tomllib 从 Python 3.11 起才有")
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")  # 3.10 上由 pytest 带来
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

@@ -103,6 +103,50 @@ def test_the_model_comes_back_as_it_was_given(data, monkeypatch, leave):
     assert torch.equal(model.encoder[0][0].weight, frozen)
 
 
+def test_a_run_that_cannot_be_kept_or_continued_gives_the_model_back_too(data, tmp_path):
+    """写不下检查点，续训被拒绝：都在走第一步之前，也都还原。"""
+    blocked, done = tmp_path / "文件", tmp_path / "done"
+    blocked.write_text("占着名字", encoding="utf-8")
+    train(half_frozen(), data, CONFIG, done, device="cpu", progress=False)
+    for out, resume, error in ((blocked, False, TrainingError), (done, True, ValueError)):
+        model = half_frozen()
+        with pytest.raises(error):
+            train(model, data, CONFIG, out, resume=resume, device="cpu", progress=False)
+        assert sum(parameter.requires_grad for parameter in model.parameters()) == len(list(model.parameters())) - 2
+        assert not model.training
+
+
+def test_the_model_goes_home(data):
+    """离开时搬回它来的设备；这里只有 CPU，就假装它来自 meta。"""
+    model = half_frozen()
+    with stepper.Stepper(model, data, CONFIG, make_plan(data, CONFIG, device="cpu")) as step:
+        step.home = torch.device("meta")
+    assert {value.device.type for value in model.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="没有 CUDA")
+@pytest.mark.parametrize("data_on", ["device", "host"])
+def test_cuda_trains_and_gives_the_model_back_to_the_cpu(data, data_on):
+    """显存里的、逐批搬运的数据都走得通；数与 CPU 上的相近，模型回到 CPU。"""
+    rows = {}
+    for device in ("cpu", "cuda"):
+        model = half_frozen()
+        rows[device] = train(model, data, CONFIG, device=device, data_on=data_on, progress=False)
+        assert model.fc_mu.weight.device.type == "cpu" and not model.encoder[0][0].weight.requires_grad
+    assert rows["cuda"][-1]["mse"] == pytest.approx(rows["cpu"][-1]["mse"], rel=0.05)
+
+
+def test_outside_with_it_says_so(data):
+    step = stepper.Stepper(half_frozen(), data, CONFIG, make_plan(data, CONFIG, device="cpu"))
+    for use in (lambda: next(step.feed(0)), lambda: step(data.train[:16], 0, 1e-3)):
+        with pytest.raises(RuntimeError, match="Stepper 要用在 with 里"):
+            use()
+    with step:
+        next(step.feed(0))
+    with pytest.raises(RuntimeError, match="Stepper 要用在 with 里"):
+        next(step.feed(0))
+
+
 def test_what_is_frozen_is_not_trained_and_the_rest_is(data):
     model, before = half_frozen(), half_frozen()
     train(model, data, CONFIG, device="cpu", progress=False)
@@ -115,8 +159,13 @@ def test_resuming_needs_the_same_frozen_parameters(data, tmp_path):
     train(half_frozen(), data, CONFIG, tmp_path, device="cpu", progress=False)
     longer = TrainConfig(**{**vars(CONFIG), "epochs": 3})
     free = VanillaVAE(3, 4, [8, 16], image_size=16)
-    with pytest.raises(ValueError, match="检查点里训练的参数比这次少 1 个"):
+    with pytest.raises(ValueError, match="检查点里训练的参数与这次的不同"):
         train(free, data, longer, tmp_path, device="cpu", resume=True, progress=False)
+    other = half_frozen()
+    other.encoder[0][0].weight.requires_grad_(True)
+    other.fc_mu.weight.requires_grad_(False)  # 一样多，却是别的一层
+    with pytest.raises(ValueError, match="检查点里训练的参数与这次的不同"):
+        train(other, data, longer, tmp_path, device="cpu", resume=True, progress=False)
     assert len(train(half_frozen(), data, longer, tmp_path, device="cpu", resume=True, progress=False)) == 3
 
 

@@ -60,13 +60,13 @@ def new(number: str, name: str, title: str, root: Path = ROOT) -> list[Path]:
         text = (TEMPLATE / template).read_text(encoding="utf-8")
         for word, value in words.items():
             text = text.replace(word, value)
-        path.write_text(text, encoding="utf-8")
+        _write(path, text)
     readme = root / "README.md"
     lines = readme.read_text(encoding="utf-8").split("\n")
     rows = [index for index, line in enumerate(lines) if re.match(r"\| \[\d\d ", line)]
     after = max(index for index in rows if lines[index][3:5] < number)
     lines.insert(after + 1, f"| [{number} {title}](notebooks/{file}.ipynb) | 说出…… | 30 分钟 |")
-    readme.write_text("\n".join(lines), encoding="utf-8")
+    _write(readme, "\n".join(lines))
     return [*targets.values(), readme]
 
 
@@ -78,30 +78,56 @@ def draft(path: Path) -> Path:
             each.source, each.metadata = "# 准备：由 tools/stamp.py 写入", nbformat.from_dict({})
     book.metadata = nbformat.from_dict({})
     script = path.with_suffix(".py")
+    if script.exists():
+        raise ChapterError(f"草稿 {script.relative_to(ROOT)} 已经在了，里面可能有没有 build 的改动；先 build，或删掉它再来。")
     text = jupytext.writes(book, fmt={"extension": ".py", "format_name": "percent", "notebook_metadata_filter": "-all"})
-    script.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    _write(script, text.rstrip("\n") + "\n")
     return script
 
 
 def build(script: Path, root: Path = ROOT) -> Path:
-    """草稿 → 笔记：换上准备单元，给每格一个 id（没有改动的照旧），在全新的内核里执行，存好。"""
+    """草稿 → 笔记：换上准备单元，照 ruff 整理，给每格一个 id（没有改动的照旧），在全新的内核里执行，存好。
+
+    没有通过时，原来的笔记原样留着。
+    """
     path = script.with_suffix(".ipynb")
+    before = path.read_bytes() if path.exists() else None
+    old = {_key(each.source): each.id for each in nbformat.reads(before.decode(), 4).cells} if before else {}
     book = jupytext.reads(script.read_text(encoding="utf-8"), fmt="py:percent")
-    old = {each.source: each.id for each in nbformat.read(path, 4).cells} if path.exists() else {}
-    used: set[str] = set()
-    for index, each in enumerate(book.cells):
-        if each.source.startswith("# 准备：由 tools/stamp.py 写入"):
+    for each in book.cells:
+        if _key(each.source) == stamp.MARK:
             each.source = stamp.MARK  # 下面的 stamp 换成真的
-        fresh = hashlib.sha256(f"{path.name} {index} {each.source}".encode()).hexdigest()[:8]
-        each.id = old.get(each.source) if old.get(each.source) not in (None, *used) else fresh
-        used.add(each.id)
     book.metadata = nbformat.from_dict({"kernelspec": stamp.KERNELSPEC})
     book.nbformat, book.nbformat_minor = 4, 5
-    path.write_text(nbformat.writes(book, version=nbformat.NO_CONVERT) + "\n", encoding="utf-8")
-    path.write_text(stamp.stamped(path, stamp.current_address(root), root), encoding="utf-8")
-    if reasons := execute(path):
-        raise ChapterError(f"{path.relative_to(root)} 没有存好：" + "；".join(reasons))
+    try:
+        _write(path, nbformat.writes(book, version=nbformat.NO_CONVERT) + "\n")
+        _write(path, stamp.stamped(path, stamp.current_address(root), root))
+        subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", str(path)], cwd=root, check=True)  # 先整理再执行：图的来历记着代码
+        book, used = nbformat.read(path, 4), set()
+        for index, each in enumerate(book.cells):
+            fresh = hashlib.sha256(f"{path.name} {index} {each.source}".encode()).hexdigest()[:8]
+            kept = old.get(_key(each.source), fresh)
+            each.id = fresh if kept in used else kept
+            used.add(each.id)
+        _write(path, nbformat.writes(book, version=nbformat.NO_CONVERT) + "\n")
+        if reasons := execute(path):
+            raise ChapterError(f"{path.relative_to(root)} 没有存好，原来的照旧：" + "；".join(reasons))
+    except BaseException:
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(before)
+        raise
     return path
+
+
+def _key(source: str) -> str:
+    """认单元用的：源码本身；准备单元不论新旧、写没写全，都是 ``MARK``。"""
+    return stamp.MARK if source.startswith("# 准备：由 tools/stamp.py 写入") or stamp.OLD_OR_NEW.match(source) else source
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def test(number: str) -> int:
@@ -109,7 +135,7 @@ def test(number: str) -> int:
     books, stem = lessons(number), lessons(number)[0].stem
     rules = [f"tests/test_notebooks.py::test_notebook_keeps_every_rule[{folder}/{stem}]" for folder in ("notebooks", "solutions")]
     started = time.perf_counter()
-    chosen = f"ch{number} or test_every_exercise_knows or " + " or ".join(f"{int(number)}.{index}" for index in range(1, 10))
+    chosen = f"ch{number} or test_every_exercise_knows or " + " or ".join(f"[{int(number)}.{index}" for index in range(1, 10))
     runs = [[*rules, "tests/test_house.py", *map(str, books)], ["tests/test_exercises.py", "-k", chosen]]
     codes = [subprocess.run([sys.executable, "-m", "pytest", "-q", *each], cwd=ROOT).returncode for each in runs]
     print(f"第 {number} 章{'没有通过' if any(codes) else '通过'}，{time.perf_counter() - started:.0f} 秒")
@@ -118,6 +144,9 @@ def test(number: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """命令行；返回退出码。"""
+    for stream in (sys.stdout, sys.stderr):  # Windows 的终端未必默认 UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         match list(sys.argv[1:] if arguments is None else arguments):
             case ["new", number, name, title]:

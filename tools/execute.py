@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from stamp import KERNELSPEC
 
 
@@ -25,6 +25,8 @@ def execute(path: Path) -> list[str]:
         client.execute()
     except CellExecutionError as error:
         return [f"运行时出错：{error}"]
+    except (CellTimeoutError, DeadKernelError) as error:
+        return [f"没有运行完：{type(error).__name__}：{error}"]
     failed = [
         index
         for index, each in enumerate(book.cells)

@@ -33,7 +33,7 @@ def parts() -> list[tuple[str, list[str], int]]:
     chapters = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "notebooks/solutions").glob("*.ipynb"))]
     return [
         ("机器", ["-c", MACHINE], 60),
-        ("GPU 上的测试", [*PYTEST, "tests/test_model.py", "tests/test_evaluate.py", "-k", "cuda"], 90),
+        ("GPU 上的测试", [*PYTEST, "tests/test_model.py", "tests/test_evaluate.py", "tests/test_stepper.py", "-k", "cuda"], 90),
         *((f"笔记 {path.relative_to(ROOT / 'notebooks').with_suffix('')}", [*PYTEST, str(path.relative_to(ROOT))], 90) for path in chapters),
         *((f"测速 {name}", ["-m", "vaelab.bench", name, "--record"], 150) for name in ("loop", "epoch", "endtoend")),
         ("训练的测试", [*PYTEST, "tests/test_train.py"], 150),

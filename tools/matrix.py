@@ -1,7 +1,7 @@
 """在各种机器上运行笔记，打印一张表：``python tools/matrix.py [--settings …] [--chapters …] [--versions]``。
 
 一行是一种机器，一列是一本笔记；格子里是 ✓，或没有通过的单元的个数，原因写在标准错误里。机器是造出来的（``tools/other_machine.py``、环境变量），
-``--versions`` 另外装上最低与最新的依赖各跑一遍，要几分钟来安装。每一格都是一次严格的 ``pytest --nbval``。
+``--versions`` 另外装上最低与最新的依赖各跑一遍，要几分钟来安装。每一格都是一次严格的 nbval。
 """
 
 from __future__ import annotations

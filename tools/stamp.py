@@ -116,7 +116,7 @@ def stamped(path: Path, address: str, root: Path = ROOT) -> str:
     """笔记 ``path`` 换上准备单元、徽章与元数据之后的全文；其余内容（含输出）逐字不变。"""
     text = path.read_text(encoding="utf-8")
     notebook = json.loads(text)
-    code = [each for each in notebook["cells"] if OLD_OR_NEW.match("".join(each["source"]))]
+    code = [each for each in notebook["cells"] if each["cell_type"] == "code" and OLD_OR_NEW.match("".join(each["source"]))]
     if len(code) != 1:
         raise StampError(f"{path.name} 里以“{MARK}”开头的单元应恰有一个，找到 {len(code)} 个。")
     code[0]["source"], code[0]["outputs"] = cell(address).splitlines(keepends=True), []
@@ -171,6 +171,9 @@ def _write(texts: dict[Path, str]) -> None:
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """命令行；返回退出码。"""
+    for stream in (sys.stdout, sys.stderr):  # Windows 的终端未必默认 UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         match list(sys.argv[1:] if arguments is None else arguments):
             case [] | ["-h" | "--help"]:

@@ -132,11 +132,11 @@ class Run:
             raise ValueError(
                 f"这次训练已走完 {done:g} 轮，要求的是 {self.config.epochs} 轮，没有可续的；请把 --epochs 设为大于 {math.floor(done)} 的数。"
             )
-        frozen = len(state["optimizer"]["param_groups"][0]["params"]) - len(self.optimizer.param_groups[0]["params"])
-        if frozen:
-            raise ValueError(
-                f"检查点里训练的参数比这次{'多' if frozen > 0 else '少'} {abs(frozen)} 个；续训须冻结同样的参数，请照原来的样子设 requires_grad。"
-            )
+        trained = self.optimizer.param_groups[0]["params"]
+        moments = state["optimizer"]["state"]  # 走过一步才有，编号就是次序
+        same = len(state["optimizer"]["param_groups"][0]["params"]) == len(trained)
+        if not same or any(moments[index]["exp_avg"].shape != trained[index].shape for index in moments):
+            raise ValueError("检查点里训练的参数与这次的不同；续训须冻结同样的参数，请照原来的样子设 requires_grad。")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if "scaler" in state and self.scaler.is_enabled():

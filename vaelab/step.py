@@ -92,7 +92,7 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Adam:
         parameter.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        raise ValueError("模型应有可训练的参数，收到的全部冻结了（requires_grad 都是 False）；请至少放开一层。")
+        raise ValueError("模型应有可训练的参数，收到的除了紧跟着批归一化的偏置，全部冻结了（requires_grad 都是 False）；请至少放开一层。")
     return torch.optim.Adam(trained, lr, fused=trained[0].device.type in ("cpu", "cuda"))
 
 

@@ -14,30 +14,30 @@ from vaelab.config import TrainConfig
 from vaelab.images import ImageSet, batches
 from vaelab.memory import available_memory, keep_freed_memory, too_large
 from vaelab.plan import Plan
-from vaelab.processes import SyncBatchNorm2d, World, swap_batch_norm
+from vaelab.processes import SyncBatchNorm2d, World, current_world, swap_batch_norm
 from vaelab.step import Objective, make_optimizer, memory_layout, step_seed, train_step
 from vaelab.transfer import ahead
 from vanilla_vae import VanillaVAE
-
-ALONE = World()
 
 
 class Stepper:
     """照 ``plan`` 接好的训练：每调用一次走一步。用在 ``with`` 里。
 
-    离开时不论是走完、出错还是被中断，模型都还给调用者：每个参数的 ``requires_grad``、所在的设备、批归一化的模块
-    恢复原样，梯度清空，置于 eval 模式。权重当然是训练过的，卷积的权重在内存里排成 channels_last。
+    离开时不论是走完、出错还是被中断，模型都还给调用者：每个参数的 ``requires_grad``、所在的设备（以 ``fc_mu`` 为准）、
+    批归一化的模块恢复原样，梯度清空，置于 eval 模式。权重与批归一化的运行统计量当然是训练过的，
+    卷积的权重在内存里排成 channels_last。
 
     Args:
         model: 要训练的模型；``requires_grad`` 为 False 的参数不训练。
         data: 训练图像。
         config: 训练的设置。
         plan: 怎样跑，见 :func:`vaelab.plan.make_plan`。
-        world: 一起训练的进程。
+        world: 一起训练的进程；None 就是已经由 :func:`vaelab.processes.join` 加入的那些。
         sync_batch_norm: 几个进程时，批归一化是否在整批上统计。
 
     Raises:
-        ValueError: 进入 ``with`` 时，内存装不下一步，或没有可训练的参数；这时什么也没有做。
+        ValueError: 进入 ``with`` 时，内存装不下一步，或没有可训练的参数；这时一步也没有走，也没有写文件。
+        RuntimeError: 不在 ``with`` 里用。
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Stepper:
         data: ImageSet,
         config: TrainConfig,
         plan: Plan,
-        world: World = ALONE,
+        world: World | None = None,
         *,
         sync_batch_norm: bool = True,
     ) -> None:
-        self.model, self.data, self.config, self.plan, self.world = model, data, config, plan, world
-        self.sync_batch_norm = sync_batch_norm
+        self.model, self.data, self.config, self.plan = model, data, config, plan
+        self.world, self.sync_batch_norm, self.wired = world or current_world(), sync_batch_norm, False
 
     def __enter__(self) -> Stepper:
         self.given = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -60,8 +60,10 @@ class Stepper:
         try:
             self._wire()
         except BaseException:
-            self._give_back()
+            with suppress(RuntimeError):  # 设备已经出错，搬不回来；原来的错误更要紧
+                self._give_back()
             raise
+        self.wired = True
         return self
 
     def _wire(self) -> None:
@@ -69,7 +71,7 @@ class Stepper:
         if device.type == "cpu":
             keep_freed_memory()
         model.to(device).to(memory_format=memory_layout(device)).train()
-        self.optimizer = make_optimizer(model, config.lr)
+        self.optimizer, self.memory = make_optimizer(model, config.lr), available_memory(device)
         if device.type == "cpu" and (refusal := self.too_large()):
             raise ValueError(refusal)  # 真的用尽时，系统会不声不响地结束进程，所以先算
         self.scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
@@ -86,30 +88,39 @@ class Stepper:
 
     def feed(self, epoch: int, skip: int = 0) -> Iterator[Tensor]:
         """第 ``epoch`` 轮的各批 uint8 图像（这个进程的一份），从第 ``skip`` 批起；次序只取决于种子与轮数。"""
+        self._require_wired()
         shuffle = torch.Generator().manual_seed(step_seed(self.config.seed, epoch))
         order = batches(self.images, self.config.batch_size, shuffle, shard=(self.world.rank, self.world.size))
         return ahead(islice(order, skip, None), self.data, self.plan.device, self.plan.resident)
 
     def __call__(self, images: Tensor, index: int, lr: float) -> Tensor:
         """走第 ``index`` 步：这一步的 ``[loss, MSE, KL, w]``，留在设备上；噪声只取决于种子与步数。"""
+        self._require_wired()
         noise = self.random.manual_seed(step_seed(self.config.seed, index))
         shape = (self.config.batch_size, self.model.latent_dim)
         eps = torch.randn(shape, generator=noise, device=self.plan.device, dtype=torch.float32)
         return train_step(self.objective, self.optimizer, self.scaler, images, eps.chunk(self.world.size)[self.world.rank], lr)
 
+    def _require_wired(self) -> None:
+        if not self.wired:
+            raise RuntimeError("Stepper 要用在 with 里：with Stepper(…) as stepper: …；离开之后就拆开了。")
+
     def too_large(self) -> str | None:
         """这个进程的内存装不下一步时的话；装得下则是 None。"""
         share = self.config.batch_size // self.world.size
-        return too_large(self.model, share, self.plan.precision, available_memory(self.plan.device))
+        return too_large(self.model, share, self.plan.precision, self.memory)  # 开始时量的：用尽之后再量，剩的就不作数了
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._give_back()
         else:
-            with suppress(RuntimeError):  # 设备已经出错，搬不回来；原来的错误更要紧
+            with suppress(RuntimeError):  # 设备已经出错，搬不回来
                 self._give_back()
 
     def _give_back(self) -> None:
+        self.wired = False
+        for held in ("objective", "images"):  # 放掉编译好的东西与放在设备上的数据
+            self.__dict__.pop(held, None)
         for module, name, original in self.swapped:
             setattr(module, name, original)
         for parameter, required in self.given:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from vaelab.checkpoint import Run, load_checkpoint
@@ -35,7 +36,7 @@ def train(
     config: TrainConfig,
     out: str | os.PathLike | None = None,
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     compile: str = "auto",
     cuda_graphs: str = "auto",
     data_on: str = "auto",
@@ -48,7 +49,8 @@ def train(
 
     按 Ctrl-C（或收到 SIGTERM）会在当前这一步之后停下：存一份精确到步的检查点，``resume=True`` 从那里接着走。
     在 :func:`vaelab.processes.join` 之内调用，几个进程就一起训练：各算每一批的一份，梯度取平均，只有第 0 个进程写文件。
-    不论怎样结束，模型都在 eval 模式，各参数的 ``requires_grad`` 与所在的设备同给来时一样；冻结的参数不训练。
+    不论怎样结束，模型都在 eval 模式，各参数的 ``requires_grad`` 与所在的设备同给来时一样；冻结的参数不训练，
+    批归一化的运行统计量照常更新。
 
     Args:
         model: 图像大小、通道数须与 ``data`` 相符。

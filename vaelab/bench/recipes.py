@@ -34,9 +34,9 @@ class Recipe:
         name: 给人看的名字。
         usual: 真则是通常的循环（eager、float32、NCHW、每步取回损失），假则是 ``vaelab.train`` 的一步。
         keep_memory: 是否留住释放的内存（``keep_freed_memory``；本项目的一步总是留住）。
-        precision, compile, data_on: 见 ``train.make_plan``；通常的循环不用。
-        schedule: 学习率先升后降（``train.learning_rate``），否则固定为 ``lr``。
-        lr, kld_weight, batch_size, epochs: 同 ``train.TrainConfig``。
+        precision, compile, data_on: 见 ``vaelab.plan.make_plan``；通常的循环不用。
+        schedule: 学习率先升后降（``vaelab.step.learning_rate``），否则固定为 ``lr``。
+        lr, kld_weight, batch_size, epochs: 同 ``vaelab.config.TrainConfig``。
         predicted: 动手之前在纸上写的：这一级比上一级快几倍。
     """
 
