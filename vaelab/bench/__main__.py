@@ -7,6 +7,7 @@
 - ``allocator``：虚拟机上的缺页，与留住释放的内存省下的时间（Linux）。
 - ``epoch``：CelebA 那么大的一轮（CPU 上只走两万张），与内存带宽定下的下限相比。
 - ``scale``：速度与内存怎样随批大小、边长、宽度、图片数增长。
+- ``auto``：自动选的做法与通常的循环，几种模型、批大小、步数，准备的时间都算上；哪里反而慢，表里会说。
 - ``speedrun``：到达同样的测试 ELBO 要多久，一级一级的阶梯。
 
 ``--record`` 把结果并进 ``vaelab/records/`` 里这台机器的那一份，课程与 README 从那里读。
@@ -22,6 +23,7 @@ import argparse
 import torch
 
 from vaelab.bench.allocator import bench_allocator
+from vaelab.bench.auto import bench_auto
 from vaelab.bench.epoch import bench_epoch
 from vaelab.bench.loop import bench_loop
 from vaelab.bench.pipeline import bench_data, bench_endtoend
@@ -39,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         "allocator": lambda o: bench_allocator(o.rounds),
         "epoch": lambda o: bench_epoch(162_770 if torch.cuda.is_available() else 20_000),
         "scale": lambda o: bench_scale(o.largest, o.folder),
+        "auto": lambda o: bench_auto(o.rounds),
         "speedrun": lambda o: bench_speedrun(o.rounds, o.steps, o.search),
     }
     parser = argparse.ArgumentParser(prog="python -m vaelab.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
