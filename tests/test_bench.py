@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conftest import ROOT
+from vaelab.bench.auto import times_faster
 from vaelab.bench.contest import Contest, ratio
 from vaelab.bench.recipes import BATCH, Recipe, steps_of
 from vaelab.bench.speedrun import _without_test
@@ -44,6 +45,12 @@ def test_a_contestant_that_dies_is_an_error_not_a_wait():
 
 def test_ratio_is_of_each_round():
     assert ratio([4.0, 9.0, 8.0], [2.0, 3.0, 4.0]) == {"median": 2.0, "low": 2.0, "high": 3.0}
+
+
+def test_what_auto_is_worth_counts_its_preparation():
+    costs = {"usual": (1.0, 0.1), "off": (2.0, 0.05), "on": (31.0, 0.02)}
+    assert times_faster(costs, "off", 1) == 0.5 and times_faster(costs, "off", 21) == 1.0
+    assert times_faster(costs, "on", 101) == pytest.approx(11 / 33) and times_faster(costs, "on", 100_001) == pytest.approx(10_001 / 2_031)
 
 
 @pytest.mark.parametrize("usual", [True, False])

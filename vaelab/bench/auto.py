@@ -54,6 +54,12 @@ def _costs(model_args: dict, batch_size: int, rounds: int) -> dict[str, tuple[fl
     return {name: (setup[name], statistics.median(steps[name])) for name in steps}
 
 
+def times_faster(costs: dict[str, tuple[float, float]], kind: str, steps: int) -> float:
+    """走 ``steps`` 步，通常的循环用的时间是 ``kind`` 的几倍；``costs`` 是各种做法的 (准备, 每步)。"""
+    usual, ours = (setup + (steps - 1) * each for setup, each in (costs["usual"], costs[kind]))
+    return usual / ours
+
+
 def bench_auto(rounds: int) -> dict:
     """一张表：每种模型、批大小、步数，通常的循环用的时间是 ``auto`` 的几倍；小于 1 就是 ``auto`` 反而慢。"""
     data = load("faces", image_size=64, count=600, progress=False)
@@ -62,10 +68,9 @@ def bench_auto(rounds: int) -> dict:
     for model, model_args in MODELS.items():
         for batch_size in BATCHES:
             costs = _costs(model_args, batch_size, rounds)
-            times = {name: [setup + (steps - 1) * each for steps in LENGTHS] for name, (setup, each) in costs.items()}
             config = TrainConfig(batch_size=batch_size)
             chosen = ["on" if make_plan(data, config, total_steps=steps).compile else "off" for steps in LENGTHS]
-            ratios = [round(times["usual"][index] / times[kind][index], 2) for index, kind in enumerate(chosen)]
+            ratios = [round(times_faster(costs, kind, steps), 2) for steps, kind in zip(LENGTHS, chosen)]
             rows.append({"model": model, "batch_size": batch_size, "costs": costs, "compiled": [kind == "on" for kind in chosen], "ratios": ratios})
             cells = [f"{ratio:.2f}{'，编译' * (kind == 'on')}{'，慢' * (ratio < 1)}" for ratio, kind in zip(ratios, chosen)]
             print(f"| {model} | {batch_size} | " + " | ".join(cells) + " |", flush=True)
