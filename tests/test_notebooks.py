@@ -329,13 +329,6 @@ def test_every_notebook_carries_the_current_cell():
     assert not stale, f"请运行 python tools/stamp.py --refresh：{stale}"
 
 
-def test_every_chapter_has_solutions_and_every_check_a_chapter():
-    chapters = {path.name for path in notebooks() if path.parent.name == "notebooks"}
-    assert {path.name for path in notebooks()} - chapters == set()
-    assert chapters == {path.name for path in notebooks() if path.parent.name == "solutions"}
-    assert {int(number.split(".")[0]) for number in CHECKS} <= {int(name[:2]) for name in chapters}
-
-
 # —— 每条规则都会开口：一本合格的笔记，每次弄坏一处 ——
 
 

@@ -27,13 +27,20 @@ def test_dependencies_have_lower_bounds_only():
         assert re.fullmatch(r"[a-z0-9-]+>=[0-9.]+", requirement), requirement
 
 
+def brought_by(statement: str, before: str = "pass") -> set[str]:
+    """新的进程里，先运行 ``before``，再运行 ``statement``：后者带进来哪些模块。"""
+    code = f"import sys; {before}; seen = set(sys.modules); {statement}; print(*set(sys.modules) - seen)"
+    return set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+
+
 def test_importing_the_model_needs_torch_alone():
     """`import vanilla_vae` 不得带进 torchvision、matplotlib 之类（torch 自己带进来的不算）。"""
-    code = (
-        "import sys, torch; before = set(sys.modules); import vanilla_vae; print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['_type', 'vanilla_vae']"
+    assert {name.split(".")[0] for name in brought_by("import vanilla_vae", "import torch")} == {"_type", "vanilla_vae"}
+
+
+def test_reading_records_needs_neither_bench_nor_the_command_line():
+    brought = brought_by("import vaelab.records; vaelab.records.read_records()")
+    assert "vaelab.records" in brought and not any(name.startswith(("vaelab.bench", "vaelab.cli")) for name in brought)
 
 
 def test_a_platform_with_torch_lacks_two_packages():

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import subprocess
 import sys
@@ -60,13 +59,13 @@ def new(number: str, name: str, title: str, root: Path = ROOT) -> list[Path]:
         text = (TEMPLATE / template).read_text(encoding="utf-8")
         for word, value in words.items():
             text = text.replace(word, value)
-        _write(path, text)
+        stamp.write(path, text)
     readme = root / "README.md"
     lines = readme.read_text(encoding="utf-8").split("\n")
     rows = [index for index, line in enumerate(lines) if re.match(r"\| \[\d\d ", line)]
     after = max(index for index in rows if lines[index][3:5] < number)
     lines.insert(after + 1, f"| [{number} {title}](notebooks/{file}.ipynb) | 说出…… | 30 分钟 |")
-    _write(readme, "\n".join(lines))
+    stamp.write(readme, "\n".join(lines))
     return [*targets.values(), readme]
 
 
@@ -81,7 +80,7 @@ def draft(path: Path) -> Path:
     if script.exists():
         raise ChapterError(f"草稿 {script.relative_to(ROOT)} 已经在了，里面可能有没有 build 的改动；先 build，或删掉它再来。")
     text = jupytext.writes(book, fmt={"extension": ".py", "format_name": "percent", "notebook_metadata_filter": "-all"})
-    _write(script, text.rstrip("\n") + "\n")
+    stamp.write(script, text.rstrip("\n") + "\n")
     return script
 
 
@@ -100,8 +99,8 @@ def build(script: Path, root: Path = ROOT) -> Path:
     book.metadata = nbformat.from_dict({"kernelspec": stamp.KERNELSPEC})
     book.nbformat, book.nbformat_minor = 4, 5
     try:
-        _write(path, nbformat.writes(book, version=nbformat.NO_CONVERT) + "\n")
-        _write(path, stamp.stamped(path, stamp.current_address(root), root))
+        stamp.write(path, nbformat.writes(book, version=nbformat.NO_CONVERT) + "\n")
+        stamp.write(path, stamp.stamped(path, stamp.current_address(root), root))
         subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", str(path)], cwd=root, check=True)  # 先整理再执行：图的来历记着代码
         book, used = nbformat.read(path, 4), set()
         for index, each in enumerate(book.cells):
@@ -109,7 +108,7 @@ def build(script: Path, root: Path = ROOT) -> Path:
             kept = old.get(_key(each.source), fresh)
             each.id = fresh if kept in used else kept
             used.add(each.id)
-        _write(path, nbformat.writes(book, version=nbformat.NO_CONVERT) + "\n")
+        stamp.write(path, nbformat.writes(book, version=nbformat.NO_CONVERT) + "\n")
         if reasons := execute(path):
             raise ChapterError(f"{path.relative_to(root)} 没有存好，原来的照旧：" + "；".join(reasons))
     except BaseException:
@@ -126,10 +125,6 @@ def _key(source: str) -> str:
     return stamp.MARK if source.startswith("# 准备：由 tools/stamp.py 写入") or stamp.OLD_OR_NEW.match(source) else source
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
-
-
 def test(number: str) -> int:
     """只测这一章；返回 pytest 的退出码。"""
     books, stem = lessons(number), lessons(number)[0].stem
@@ -144,9 +139,7 @@ def test(number: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """命令行；返回退出码。"""
-    for stream in (sys.stdout, sys.stderr):  # Windows 的终端未必默认 UTF-8
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    stamp.speak_utf8()
     try:
         match list(sys.argv[1:] if arguments is None else arguments):
             case ["new", number, name, title]:
@@ -181,5 +174,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # 与测试相同，见 conftest.py
     raise SystemExit(main())

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from stamp import KERNELSPEC
+from stamp import KERNELSPEC, write
 
 
 def execute(path: Path) -> list[str]:
@@ -45,7 +45,7 @@ def execute(path: Path) -> list[str]:
             each.outputs = joined(each.outputs)
     book.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": book.metadata.language_info})  # 后者由内核自己报告
     text = nbformat.writes(book, version=nbformat.NO_CONVERT)
-    path.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8", newline="\n")
+    write(path, text if text.endswith("\n") else text + "\n")
     return []
 
 

@@ -164,16 +164,21 @@ def changes(address: str, root: Path = ROOT) -> dict[Path, str]:
     return {path: text for path, text in texts.items() if text != path.read_text(encoding="utf-8")}
 
 
-def _write(texts: dict[Path, str]) -> None:
-    for path, text in texts.items():
-        path.write_bytes(text.encode("utf-8"))
+def write(path: Path, text: str) -> None:
+    """UTF-8，换行总是 LF，在 Windows 上也是。"""
+    path.write_bytes(text.encode("utf-8"))
+
+
+def speak_utf8() -> None:
+    """Windows 的终端未必默认 UTF-8。"""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """命令行；返回退出码。"""
-    for stream in (sys.stdout, sys.stderr):  # Windows 的终端未必默认 UTF-8
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    speak_utf8()
     try:
         match list(sys.argv[1:] if arguments is None else arguments):
             case [] | ["-h" | "--help"]:
@@ -188,7 +193,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             case [argument]:
                 choices = {"--remove": lambda: "", "--refresh": lambda: current_address(root)}
                 texts = changes(choices.get(argument, lambda: clean_address(argument))(), root)
-                _write(texts)
+                for path, text in texts.items():
+                    write(path, text)
                 print(f"改动 {len(texts)} 个文件，地址：{current_address(root) or '（没有）'}")
             case many:
                 raise StampError(f"只能有一个参数，收到 {len(many)} 个；加 --help 看用法。")
