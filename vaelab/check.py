@@ -1,7 +1,8 @@
-"""核对：每个公式之后的 :func:`compare`，以及练习的结论 :func:`exercise`；各题的检查在 ``vaelab/exercises/``。"""
+"""核对：每个公式之后的 :func:`compare` 与 :func:`holds`，以及练习的结论 :func:`exercise`；各题的检查在 ``vaelab/exercises/``。"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,16 +31,21 @@ def compare(
         stderr: 蒙特卡罗估计的标准误差；给了它，就以 4 倍标准误差为限，不再用 atol 与 rtol。
 
     Raises:
-        AssertionError: 形状不同、有非有限的数，或相差超过所允许的。
+        AssertionError: 形状不同、是空的、有非有限的数（标准误差也算），或相差超过所允许的。
     """
     a, b = as_double(ours), as_double(reference)
     if a.shape != b.shape:
         raise AssertionError(f"✗ {name}：形状不同，左边 {list(a.shape)}，右边 {list(b.shape)}。")
+    if not a.numel():
+        raise AssertionError(f"✗ {name}：两边都是空的，什么也没有比；看看循环是不是一次也没有走。")
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise AssertionError(f"✗ {name}：出现了 NaN 或无穷，比较没有意义；先找出它从哪一步来。")
+    error = None if stderr is None else as_double(stderr)
+    if error is not None and not (torch.isfinite(error).all() and (error >= 0).all()):
+        raise AssertionError(f"✗ {name}：标准误差应是不小于 0 的有限数，收到 {error.flatten().tolist()[:3]}；多取几个样本再估。")
     if atol is None and rtol is None:
         atol, rtol = 1e-6, 1e-5
-    allowed = (atol or 0) + (rtol or 0) * b.abs() if stderr is None else 4 * as_double(stderr) + 0 * b
+    allowed = (atol or 0) + (rtol or 0) * b.abs() if error is None else 4 * error + 0 * b
     difference = (a - b).abs()
     if not bool((difference <= allowed).all()):
         worst = int((difference - allowed).flatten().argmax())
@@ -47,6 +53,23 @@ def compare(
             f"✗ {name}：最不合处左边 {a.flatten()[worst]:.6g}，右边 {b.flatten()[worst]:.6g}，"
             f"相差 {difference.flatten()[worst]:.3g}，允许 {allowed.flatten()[worst]:.3g}。"
         )
+    print(f"✓ {name}")
+
+
+def holds(name: str, conditions: object) -> None:
+    """核对一个结论：``conditions`` 是一个真假，或许多个（列表、生成器、布尔张量）；全真则打印 ``✓ name``。
+
+    Raises:
+        AssertionError: 有一个不成立，或一个也没有：循环一次也不走，就什么也没有核对。
+    """
+    if isinstance(conditions, torch.Tensor):
+        conditions = conditions.flatten().tolist()
+    found = [bool(each) for each in conditions] if isinstance(conditions, Iterable) else [bool(conditions)]
+    if not found:
+        raise AssertionError(f"✗ {name}：一个也没有核对；看看循环是不是一次也没有走。")
+    if not all(found):
+        place = f"{len(found)} 处里有 {found.count(False)} 处不成立，第一处是第 {found.index(False) + 1} 处" if len(found) > 1 else "不成立"
+        raise AssertionError(f"✗ {name}：{place}。")
     print(f"✓ {name}")
 
 
