@@ -14,7 +14,7 @@ from vaelab.exercises.judging import all_checks
 ORDER = [
     "_type", "vanilla_vae",
     "config", "files", "images", "faces", "pictures", "data", "processes", "evaluate", "checkpoint",
-    "step", "plan", "memory", "transfer", "stepper", "interrupts", "train",
+    "step", "memory", "graph", "plan", "transfer", "stepper", "interrupts", "train",
     "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "cli",
 ]  # fmt: skip
 FREE = {"prepare", "growing", "jupyter"}  # 笔记与 Jupyter 用的，谁也不引用它们，它们也不引用别的房间

@@ -29,6 +29,7 @@ class Run:
     """一次训练的进度：走到第几步、这一轮的累计、历史，以及它们与磁盘之间的来往。"""
 
     FORMAT = 1
+    HOW = ("lr", "fused", "capturable", "foreach")  # 优化器怎样算，随机器而定，不随检查点
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class Run:
             "format": self.FORMAT,
             "model_args": model_args(self.model),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._moments(),
             "config": asdict(self.config),
             "extra": self.extra,
             "steps_per_epoch": self.steps_per_epoch,
@@ -115,6 +116,11 @@ class Run:
                 f"第 {self.step} 步的检查点写不进 {self.path}（{error}）；请腾出磁盘空间或检查权限，再加 --resume 从上一份完好的检查点接着训练。"
             ) from error
         self.saved_step = self.step
+
+    def _moments(self) -> dict:
+        """优化器的状态；学习率若在设备上（录进了 CUDA 图），存的是它的值。"""
+        state = self.optimizer.state_dict()
+        return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
 
     def restore(self, state: dict) -> None:
         if state["model_args"] != model_args(self.model):
@@ -138,7 +144,9 @@ class Run:
         if not same or any(moments[index]["exp_avg"].shape != trained[index].shape for index in moments):
             raise ValueError("检查点里训练的参数与这次的不同；续训须冻结同样的参数，请照原来的样子设 requires_grad。")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        here = [{name: group[name] for name in self.HOW} for group in self.optimizer.param_groups]  # 怎样算，照这台机器
+        groups = [{**saved, **mine} for saved, mine in zip(state["optimizer"]["param_groups"], here)]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if "scaler" in state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.sums = state["step"], state["history"], dict(state["sums"])

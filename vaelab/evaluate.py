@@ -140,10 +140,10 @@ class _Probe:
 
     def batches(self, size: int) -> Iterator[Tensor]:
         for start in range(0, len(self.images), size):
-            yield to_float(self.images[start : start + size])
+            yield to_float(self.images[start : start + size].to(self.weight.device))  # 搬的是 uint8，只搬一次
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mu, log_var = self.model.encode(x.to(self.weight.device, self.weight.dtype))
+        mu, log_var = self.model.encode(x.to(self.weight.dtype))
         return mu.cpu().double(), log_var.cpu().double()  # 先搬后转：MPS 没有 float64
 
     def draw(self, mu: Tensor, log_var: Tensor, samples: int) -> Tensor:
@@ -156,7 +156,7 @@ class _Probe:
         recons = self.model.decode(z.flatten(0, 1).to(self.weight.dtype).to(self.weight.device))
         recons = recons.unflatten(0, z.shape[:2])
         dtype = torch.promote_types(recons.dtype, torch.float32)  # 半精度的误差也用 float32 求和
-        error = recons.to(dtype) - x[:, None].to(recons.device, dtype)
+        error = recons.to(dtype) - x[:, None].to(dtype)
         return error.square().flatten(2).mean(dim=2).cpu().double()
 
 
@@ -183,7 +183,7 @@ def evaluate(model: nn.Module, images: Tensor, *, batch_size: int = 256, seed: i
             kld_per_dim = kld_per_dim + kl_to_standard_normal(mu, log_var).sum(dim=0)
             sampled_error += probe.mse(x, probe.draw(mu, log_var, 1)).sum().item()
             mean_error += probe.mse(x, mu[:, None]).sum().item()
-            pixels.update(x.cpu().double())
+            pixels.update((x.cpu() if x.device.type == "mps" else x).double())  # MPS 没有 float64
             means.update(mu)
     count, dim = len(images), images[0].numel()
     sigma2, kld_per_dim = sampled_error / count, kld_per_dim / count

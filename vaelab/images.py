@@ -91,6 +91,32 @@ def _describe(value: object) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
+def batch_rows(
+    total: int,
+    batch_size: int,
+    generator: Generator | None = None,
+    drop_last: bool = True,
+    shard: tuple[int, int] = (0, 1),
+    device: torch.device | None = None,
+) -> Iterator[Tensor]:
+    """走一遍 ``total`` 张图，逐批给出行号 ``[B]``，int64，在 ``device`` 上。
+
+    给了 ``generator`` 就打乱，否则按原来的顺序。``drop_last`` 丢掉末尾不满的一批，使每一步的批一样大。
+    ``shard = (k, n)`` 只给出每一批均分成 n 份之后的第 k 份（从 0 数），供 n 个进程各取一份。
+    """
+    if drop_last and total < positive_int("batch_size", batch_size):
+        raise ValueError(f"batch_size 应不大于图片数 {total}，收到 {batch_size}；请减小它，否则一步也不会训练。")
+    if generator is None:
+        order = torch.arange(total)
+    else:
+        order = torch.randperm(total, generator=generator, device=generator.device)
+    order = order.to(device)
+    stop = total - total % batch_size if drop_last else total
+    index, parts = shard
+    for start in range(0, stop, batch_size):
+        yield order[start : start + batch_size].tensor_split(parts)[index]
+
+
 def batches(
     images: Tensor,
     batch_size: int,
@@ -98,20 +124,6 @@ def batches(
     drop_last: bool = True,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Tensor]:
-    """走一遍 ``images``，逐批给出 uint8 ``[B, C, H, W]``。
-
-    给了 ``generator`` 就打乱，否则按原来的顺序。``drop_last`` 丢掉末尾不满的一批，使每一步的批一样大。
-    ``shard = (k, n)`` 只给出每一批均分成 n 份之后的第 k 份（从 0 数），供 n 个进程各取一份。
-    """
-    total = len(images)
-    if drop_last and total < positive_int("batch_size", batch_size):
-        raise ValueError(f"batch_size 应不大于图片数 {total}，收到 {batch_size}；请减小它，否则一步也不会训练。")
-    if generator is None:
-        order = torch.arange(total)
-    else:
-        order = torch.randperm(total, generator=generator, device=generator.device)
-    order = order.to(images.device)
-    stop = total - total % batch_size if drop_last else total
-    index, parts = shard
-    for start in range(0, stop, batch_size):
-        yield images[order[start : start + batch_size].tensor_split(parts)[index]]
+    """走一遍 ``images``，逐批给出 uint8 ``[B, C, H, W]``；其余同 :func:`batch_rows`。"""
+    for rows in batch_rows(len(images), batch_size, generator, drop_last, shard, images.device):
+        yield images[rows]

@@ -40,8 +40,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def clear_errors(run: Run, world: World, too_large: Callable[[], str | None]) -> Iterator[None]:
-    """把内存不够、进程失联这两种来自深处的错误，换成说得清的一句话。"""
+def clear_errors(run: Run, world: World, too_large: Callable[[bool], str | None]) -> Iterator[None]:
+    """把内存不够、进程失联、GPU 出错这几种来自深处的错误，换成说得清的一句话。"""
     try:
         yield
     except RuntimeError as error:
@@ -49,10 +49,15 @@ def clear_errors(run: Run, world: World, too_large: Callable[[], str | None]) ->
         if out_of_memory(error):
             what = None
             with suppress(RuntimeError):  # 估算也要一点内存，可能连它也没有
-                what = too_large()
+                what = too_large(True)
             raise TrainingError((what or "内存装不下这一批；请减小 --batch-size。") + saved) from error
+        reason = re.sub(r"^\[\S*\] *", "", str(error).splitlines()[0])[:120] if str(error) else type(error).__name__  # 去掉 gloo 的源码位置
+        if re.search(r"\b(CUDA|HIP|cuDNN|CUBLAS|MPS)\w* .*(error|fail|STATUS)|(CUDA|HIP|MPS)\w* error|device-side", reason, re.I):
+            raise TrainingError(
+                f"第 {run.step + 1} 步时 GPU 出了错（{reason}）：这个进程里的 GPU 不能再用，请重新启动；"
+                f"若总在同一步出错，请加 --device cpu 再试，多半会指出是哪里。{saved}"
+            ) from error
         if world.size > 1 and not isinstance(error, TrainingError):
-            reason = re.sub(r"^\[\S*\] *", "", str(error).splitlines()[0])[:120]  # 去掉 gloo 的源码位置
             raise TrainingError(
                 f"第 {run.step + 1} 步时与别的进程失去了联系（{reason}）：多半有一个进程已经退出，请看它的错误，再重新启动，进程数可以不同。{saved}"
             ) from error

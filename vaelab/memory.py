@@ -44,9 +44,9 @@ def step_memory(model: VanillaVAE, precision: str = "fp32") -> tuple[int, int]:
 
 
 def available_memory(device: torch.device) -> int:
-    """还能用的内存，字节：GPU 上是整块显存，CPU 上是此刻空着的，并且不超过给这个进程的限额。"""
+    """还能用的内存，字节：GPU 上是空着的显存，连同 torch 已经占下而没有用的；CPU 上是此刻空着的，并且不超过给这个进程的限额。"""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = psutil.virtual_memory().available
     try:
         import resource
@@ -56,13 +56,17 @@ def available_memory(device: torch.device) -> int:
     return free if soft == resource.RLIM_INFINITY else min(free, soft - psutil.Process().memory_info().vms)
 
 
-def too_large(model: VanillaVAE, batch: int, precision: str, memory: int) -> str | None:
-    """``memory`` 字节里装不下 ``batch`` 张图的一步时的话，含装得下的最大的批；装得下则是 None。"""
+def too_large(model: VanillaVAE, batch: int, precision: str, memory: int, exhausted: bool = False) -> str | None:
+    """``memory`` 字节里装不下 ``batch`` 张图的一步时的话，含装得下的最大的批；装得下则是 None。
+
+    ``exhausted``：真的用尽了。估计说装得下，就是估计偏小，那时劝人减半。
+    """
     fixed, each = step_memory(model, precision)
     need = fixed + OVERHEAD + batch * each
-    if need <= memory:
+    if need <= memory and not exhausted:
         return None
     fits = int(0.95 * memory - fixed - OVERHEAD) // each  # 留一点余地：空着的内存时多时少
+    fits = min(fits, batch // 2) if need <= memory else fits
     remedy = f"请把 --batch-size 减到 {fits}" if fits >= 2 else "请减小 --image-size 或 --hidden-dims"
     return f"batch_size 应使一步装得进内存，收到每个进程 {batch} 张，约需 {need / 1e6:.0f} MB，能用的有 {memory / 1e6:.0f} MB；{remedy}。"
 

@@ -8,16 +8,20 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vaelab.config import TrainConfig
+from vaelab.graph import has_hooks
 from vaelab.images import ImageSet
 from vaelab.processes import current_world, pick_device
 
 SWITCHES = ("auto", "on", "off")
 PLACES = ("auto", "device", "host")
-COMPILE_STEPS = 10_000  # 少于这么多步就不编译：两个 CPU 核上编译要半分钟，每步省 4 到 14 毫秒，2000 到 7000 步才抵得回来；GPU 上还没有量过
+COMPILE_STEPS = 10_000  # CPU 上少于这么多步就不编译：两个核上编译要半分钟，每步省 4 到 14 毫秒，2000 到 7000 步才抵得回来
+COMPILE_IMAGES = 5_000_000  # GPU 上少于这么多张 64×64 的图就不编译：一张 H200 上要 16 到 19 秒，每张省 4.3 到 4.7 微秒，约 400 万张才抵得回来
+COMPILE_SETUP = {"cpu": "半分钟", "cuda": "十几秒"}
+HALF_IMAGES = 512  # 不录成图时，一步少于这么多张 64×64 的图就不用半精度：H200 上 autocast 每步多启动 2.4 毫秒，每张省 10 微秒
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,9 @@ class Plan:
         device: 在哪里算。
         precision: ``fp32``、``bf16`` 或 ``fp16``。
         compile: 是否用 ``torch.compile``。
-        cuda_graphs: 是否把一步的全部核函数录成一张图重放。
+        cuda_graphs: 是否把整个一步录成一张 CUDA 图重放，见 :mod:`vaelab.graph`。
         resident: 训练集是否整个放在设备上。
-        reasons: 各项的理由，依次是设备、精度、编译、数据。
+        reasons: 各项的理由，依次是设备、精度、编译、录图（只在 CUDA 上）、数据。
     """
 
     device: torch.device
@@ -57,6 +61,7 @@ class Plan:
 def make_plan(
     data: ImageSet,
     config: TrainConfig,
+    model: nn.Module | None = None,
     *,
     device: str | torch.device = "auto",
     compile: str = "auto",
@@ -69,10 +74,11 @@ def make_plan(
 
     Args:
         data, config: 训练的数据与设置。
+        model: 要训练的模型；挂着钩子的录不成 CUDA 图。
         device: ``auto`` 依次选 cuda、mps、cpu。
         compile, cuda_graphs: ``auto``、``on`` 或 ``off``。没有编译器时退回不编译，理由里会说。
         data_on: ``device`` 把训练集整个放到设备上，``host`` 逐批搬运，``auto`` 看放不放得下。
-        total_steps: 一共要走多少步；不到 ``COMPILE_STEPS`` 步，``auto`` 不编译。
+        total_steps: 一共要走多少步；太短的训练抵不回编译的时间，``auto`` 不编译。
         before: 续训时，检查点里记着的 ``ran_on``：在同一种设备上，``auto`` 照旧，不重新选，数才接得上。
 
     Raises:
@@ -85,20 +91,32 @@ def make_plan(
     on_cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} 线程" if device.type == "cpu" else ""
     before = before if before and before["device"] == device.type else {}
-    precision, why_precision = _choose_precision(config.precision, device, before.get("precision"))
-    use_compile, why_compile = _choose_compile(compile, device, total_steps, before.get("compile"))
-    can_graph = on_cuda and use_compile and current_world().size == 1
-    if cuda_graphs == "on" and not can_graph:
-        raise ValueError("cuda_graphs=on 要有 CUDA 设备，要编译（compile=on），而且只有一个进程；请改为 auto，或补上所缺的。")
-    use_graphs = cuda_graphs != "off" and can_graph
-    if use_graphs:
-        why_compile += "，一步录成一张 CUDA 图"
+    use_graphs, why_graphs = _choose_graphs(cuda_graphs, device, model)
+    step_images = config.batch_size / current_world().size * data.train[0, 0].numel() / 64**2  # 一步的活，折合几张 64×64
+    precision, why_precision = _choose_precision(config.precision, device, before.get("precision"), use_graphs or step_images >= HALF_IMAGES)
+    long_enough = total_steps >= COMPILE_STEPS if device.type == "cpu" else total_steps * step_images >= COMPILE_IMAGES
+    use_compile, why_compile = _choose_compile(compile, device, total_steps, long_enough, before.get("compile"))
     resident, why_data = _choose_place(data_on, data, device)
-    reasons = (f"{device.type}" + f"（{where}）" * bool(where), why_precision, why_compile, why_data)
+    reasons = (f"{device.type}" + f"（{where}）" * bool(where), why_precision, why_compile, *([why_graphs] if on_cuda else []), why_data)
     return Plan(device, precision, use_compile, use_graphs, resident, reasons)
 
 
-def _choose_precision(precision: str, device: torch.device, before: str | None = None) -> tuple[str, str]:
+def _choose_graphs(cuda_graphs: str, device: torch.device, model: nn.Module | None) -> tuple[bool, str]:
+    lacking = [
+        *(["有 CUDA 设备"] if device.type != "cuda" else []),
+        *(["只有一个进程"] if current_world().size > 1 else []),
+        *(["模型没有挂钩子"] if model is not None and has_hooks(model) else []),
+    ]
+    if cuda_graphs == "on" and lacking:
+        raise ValueError(f"cuda_graphs=on 要{'，也要'.join(lacking)}；请改为 auto，或补上所缺的。")
+    if lacking:
+        return False, f"逐个启动核函数（录成一张 CUDA 图要{'，也要'.join(lacking)}）"
+    if cuda_graphs == "off":
+        return False, "逐个启动核函数（你指定的）"
+    return True, "整个一步录成一张 CUDA 图（准备不到 0.1 秒）"
+
+
+def _choose_precision(precision: str, device: torch.device, before: str | None = None, worthwhile: bool = True) -> tuple[str, str]:
     if precision == "auto" and before:
         with suppress(ValueError):  # 换到了没有这种精度的硬件上，就重新选
             _choose_precision(before, device)
@@ -108,6 +126,8 @@ def _choose_precision(precision: str, device: torch.device, before: str | None =
         if precision == "bf16" and not native:
             name = torch.cuda.get_device_name(device)
             raise ValueError(f"bf16 应有硬件支持，{name} 没有；请改用 --precision fp16、fp32 或 auto。")
+        if precision == "auto" and not worthwhile:
+            return "fp32", "fp32（一步不录成图，autocast 多出来的启动比省下的多）"
         if precision == "auto" and native:
             return "bf16", "bf16（硬件原生支持）"
         if precision == "auto" and torch.cuda.get_device_capability(device) >= (7, 0):
@@ -152,7 +172,7 @@ def bf16_speedup() -> float:
     return fastest[torch.float32] / fastest[torch.bfloat16]
 
 
-def _choose_compile(compile: str, device: torch.device, total_steps: int, before: bool | None = None) -> tuple[bool, str]:
+def _choose_compile(compile: str, device: torch.device, total_steps: int, long_enough: bool, before: bool | None = None) -> tuple[bool, str]:
     if compile == "off":
         return False, "不编译（你指定的）"
     why = "你指定的"
@@ -161,18 +181,24 @@ def _choose_compile(compile: str, device: torch.device, total_steps: int, before
             return False, "不编译"
         if before is not None:
             wanted, why = before, "与续训之前相同"
-        elif wanted := total_steps >= COMPILE_STEPS:
-            why = f"{total_steps} 步，抵得回编译的时间"
+        elif wanted := long_enough:
+            why = f"{total_steps} 步，抵得回准备的{COMPILE_SETUP[device.type]}"
         else:
-            why = f"只有 {total_steps} 步，抵不回编译的时间"
+            why = f"只有 {total_steps} 步，抵不回准备的{COMPILE_SETUP[device.type]}"
         if not wanted:
             return False, f"不编译（{why}）"
+    if broken := _why_no_compiler(device):
+        return False, f"不编译（想编译，这里没有能用的编译器：{broken}）"
+    return True, f"编译（{why}）"
+
+
+def _why_no_compiler(device: torch.device) -> str | None:
+    """试编译一个小函数；能用是 None，否则是为什么不能。"""
     try:
         torch.compile(_fused_probe)(torch.ones(8, device=device, dtype=torch.float32))
     except Exception as error:  # 没有编译器、没有 triton……各后端抛出的类型不一
-        reason = str(error).strip().splitlines()[0][:100]
-        return False, f"不编译（想编译，这里没有能用的编译器：{reason}）"
-    return True, f"编译（{why}）"
+        return str(error).strip().splitlines()[0][:100]
+    return None
 
 
 def _fused_probe(x: Tensor) -> Tensor:

@@ -65,9 +65,12 @@ def train_step(
     scaler: torch.amp.GradScaler,
     images: Tensor,
     eps: Tensor,
-    lr: float,
+    lr: float | Tensor,
 ) -> Tensor:
-    """一步训练：uint8 ``[B, C, H, W]`` 与噪声 ``[B, L]`` → 这一步的 ``[loss, MSE, KL, w]``，留在设备上。"""
+    """一步训练：uint8 ``[B, C, H, W]`` 与噪声 ``[B, L]`` → 这一步的 ``[loss, MSE, KL, w]``，留在设备上。
+
+    录进 CUDA 图时，``lr`` 是零维张量，重放之前改它的值。
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)  # 先于前向：CUDA 图重放时，上一步的梯度所在的内存要拿来再用
@@ -80,8 +83,11 @@ def train_step(
     return torch.stack([losses[name].detach() for name in LOSSES])
 
 
-def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Adam:
-    """Adam，不含紧跟着批归一化的卷积偏置：批归一化减去均值，偏置的梯度恒为 0，不必算。"""
+def make_optimizer(model: nn.Module, lr: float, capturable: bool = False) -> torch.optim.Adam:
+    """Adam，不含紧跟着批归一化的卷积偏置：批归一化减去均值，偏置的梯度恒为 0，不必算。
+
+    ``capturable`` 的可以录进 CUDA 图：步数也在设备上。
+    """
     frozen = set()
     for block in model.modules():
         if isinstance(block, nn.Sequential):
@@ -93,7 +99,7 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Adam:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("模型应有可训练的参数，收到的除了紧跟着批归一化的偏置，全部冻结了（requires_grad 都是 False）；请至少放开一层。")
-    return torch.optim.Adam(trained, lr, fused=trained[0].device.type in ("cpu", "cuda"))
+    return torch.optim.Adam(trained, lr, fused=trained[0].device.type in ("cpu", "cuda"), capturable=capturable)
 
 
 def learning_rate(step: int, total_steps: int, peak: float) -> float:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vaelab.config import TrainConfig
-from vaelab.images import ImageSet, batches
+from vaelab.graph import CapturedStep, CudaGraph
+from vaelab.images import ImageSet, batch_rows
 from vaelab.memory import available_memory, keep_freed_memory, too_large
 from vaelab.plan import Plan
 from vaelab.processes import SyncBatchNorm2d, World, current_world, swap_batch_norm
@@ -71,7 +72,7 @@ class Stepper:
         if device.type == "cpu":
             keep_freed_memory()
         model.to(device).to(memory_format=memory_layout(device)).train()
-        self.optimizer, self.memory = make_optimizer(model, config.lr), available_memory(device)
+        self.optimizer, self.memory = make_optimizer(model, config.lr, plan.cuda_graphs), available_memory(device)
         if device.type == "cpu" and (refusal := self.too_large()):
             raise ValueError(refusal)  # 真的用尽时，系统会不声不响地结束进程，所以先算
         self.scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
@@ -79,36 +80,49 @@ class Stepper:
             self.swapped = swap_batch_norm(model, nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm2d)
         self.objective: Any = Objective(model, config.kld_weight, plan.precision)
         if plan.compile:
-            self.objective = torch.compile(self.objective, dynamic=False, options={"triton.cudagraphs": plan.cuda_graphs})
+            self.objective = torch.compile(self.objective, dynamic=False)
         if self.world.size > 1:
             own = [device] if device.type == "cuda" else None
             self.objective = nn.parallel.DistributedDataParallel(self.objective, device_ids=own, gradient_as_bucket_view=True)
         self.images = self.data.train.to(device) if plan.resident else self.data.train
         self.random = torch.Generator(device)
+        self.walk = CapturedStep(self._once, CudaGraph(device, self.random), device) if plan.cuda_graphs else self._once
 
     def feed(self, epoch: int, skip: int = 0) -> Iterator[Tensor]:
-        """第 ``epoch`` 轮的各批 uint8 图像（这个进程的一份），从第 ``skip`` 批起；次序只取决于种子与轮数。"""
+        """第 ``epoch`` 轮的各批（这个进程的一份），从第 ``skip`` 批起；次序只取决于种子与轮数。
+
+        训练集整个在设备上的，给出设备上的行号 ``[B]``，走这一步时才取；其余的给出 uint8 图像。
+        """
         self._require_wired()
         shuffle = torch.Generator().manual_seed(step_seed(self.config.seed, epoch))
-        order = batches(self.images, self.config.batch_size, shuffle, shard=(self.world.rank, self.world.size))
-        return ahead(islice(order, skip, None), self.data, self.plan.device, self.plan.resident)
+        shard = (self.world.rank, self.world.size)
+        rows = islice(batch_rows(len(self.images), self.config.batch_size, shuffle, shard=shard, device=self.images.device), skip, None)
+        return rows if self.plan.resident else ahead((self.images[each] for each in rows), self.data, self.plan.device)
 
-    def __call__(self, images: Tensor, index: int, lr: float) -> Tensor:
-        """走第 ``index`` 步：这一步的 ``[loss, MSE, KL, w]``，留在设备上；噪声只取决于种子与步数。"""
+    def __call__(self, batch: Tensor, index: int, lr: float) -> Tensor:
+        """走第 ``index`` 步：这一步的 ``[loss, MSE, KL, w]``，留在设备上；噪声只取决于种子与步数。
+
+        ``batch`` 是 :meth:`feed` 给出的：uint8 图像，或训练集在设备上时的行号。
+        """
         self._require_wired()
-        noise = self.random.manual_seed(step_seed(self.config.seed, index))
+        self.random.manual_seed(step_seed(self.config.seed, index))
+        return self.walk(batch, lr)
+
+    def _once(self, batch: Tensor, lr: float | Tensor) -> Tensor:
+        """一步里的全部计算，都在设备上，录成图的就是它。"""
+        images = self.images[batch] if batch.dtype == torch.int64 else batch
         shape = (self.config.batch_size, self.model.latent_dim)
-        eps = torch.randn(shape, generator=noise, device=self.plan.device, dtype=torch.float32)
+        eps = torch.randn(shape, generator=self.random, device=self.plan.device, dtype=torch.float32)
         return train_step(self.objective, self.optimizer, self.scaler, images, eps.chunk(self.world.size)[self.world.rank], lr)
 
     def _require_wired(self) -> None:
         if not self.wired:
             raise RuntimeError("Stepper 要用在 with 里：with Stepper(…) as stepper: …；离开之后就拆开了。")
 
-    def too_large(self) -> str | None:
-        """这个进程的内存装不下一步时的话；装得下则是 None。"""
+    def too_large(self, exhausted: bool = False) -> str | None:
+        """这个进程的内存装不下一步（或者已经用尽）时的话；装得下则是 None。"""
         share = self.config.batch_size // self.world.size
-        return too_large(self.model, share, self.plan.precision, self.memory)  # 开始时量的：用尽之后再量，剩的就不作数了
+        return too_large(self.model, share, self.plan.precision, self.memory, exhausted)  # 开始时量的：用尽之后再量，剩的就不作数了
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
@@ -119,7 +133,7 @@ class Stepper:
 
     def _give_back(self) -> None:
         self.wired = False
-        for held in ("objective", "images"):  # 放掉编译好的东西与放在设备上的数据
+        for held in ("walk", "objective", "images"):  # 放掉录好的图、编译好的东西与放在设备上的数据
             self.__dict__.pop(held, None)
         for module, name, original in self.swapped:
             setattr(module, name, original)

@@ -77,7 +77,7 @@ def train(
     total_steps = config.epochs * steps_per_epoch
     saved = world.from_first(lambda: load_checkpoint(out)) if resume and out else None
     plan = make_plan(
-        data, config, device=place, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on,
+        data, config, model, device=place, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on,
         total_steps=total_steps, before=(saved or {}).get("ran_on"),
     )  # fmt: skip
     plan = world.from_first(lambda: plan).on(plan.device)

@@ -11,9 +11,9 @@ from torch import Tensor
 from vaelab.images import ImageSet
 
 
-def ahead(order: Iterator[Tensor], data: ImageSet, device: torch.device, resident: bool) -> Iterator[Tensor]:
-    """要搬运的数据由另一个线程先取好一批，放在锁页内存里；已在设备上、或在 CPU 的内存里的，原样给出。"""
-    if resident or (device.type != "cuda" and data.mapped is None):
+def ahead(order: Iterator[Tensor], data: ImageSet, device: torch.device) -> Iterator[Tensor]:
+    """要搬运的数据由另一个线程先取好一批，放在锁页内存里；在 CPU 的内存里、又在 CPU 上算的，原样给出。"""
+    if device.type != "cuda" and data.mapped is None:
         yield from order
         return
 
