@@ -2,6 +2,8 @@
 
 import json
 import time
+from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ import torch
 from conftest import ROOT
 from vaelab.bench.auto import times_faster
 from vaelab.bench.contest import Contest, ratio
-from vaelab.bench.recipes import BATCH, Recipe, steps_of
-from vaelab.bench.speedrun import _without_test
+from vaelab.bench import speedrun
+from vaelab.bench.recipes import CHANGES, Cost, Recipe, steps_of
+from vaelab.bench.speedrun import final, timed, without_test
 from vaelab.data import load
 from vaelab.records import read_records, write_record
 
@@ -48,9 +51,59 @@ def test_ratio_is_of_each_round():
 
 
 def test_what_auto_is_worth_counts_its_preparation():
-    costs = {"usual": (1.0, 0.1), "off": (2.0, 0.05), "on": (31.0, 0.02)}
+    costs = {"usual": Cost(1.0, [0.1]), "off": Cost(2.0, [0.05]), "on": Cost(31.0, [0.02])}
     assert times_faster(costs, "off", 1) == 0.5 and times_faster(costs, "off", 21) == 1.0
     assert times_faster(costs, "on", 101) == pytest.approx(11 / 33) and times_faster(costs, "on", 100_001) == pytest.approx(10_001 / 2_031)
+    start = costs["on"].steps_to_be(3, costs["usual"])  # 1 + 0.1·n = 3·(31 + 0.02·n)
+    assert times_faster(costs, "on", start - 1) < 3 <= times_faster(costs, "on", start)
+    assert costs["off"].steps_to_be(2.5, costs["usual"]) is None and costs["on"].steps_to_be(0.01, costs["usual"]) == 1
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_to_the_usual_loop_changes_its_speed_not_its_numbers(change):
+    """阶梯里只管快慢的各级：从同样的种子出发，走出同样的路（舍入除外）。"""
+    data = load("faces", image_size=16, count=60)
+    plain = Recipe("", usual=True, keep_memory=False, batch_size=16, lr=1e-3, seed=2)
+    small = {"latent_dim": 3, "hidden_dims": [4, 8]}
+    ends = [list(islice(steps_of(recipe, data, small, 8), 9))[-1] for recipe in (plain, replace(plain, changes=(change,)))]
+    assert ends[1] == pytest.approx(ends[0], rel=1e-3)
+
+
+def test_the_curve_is_measured_on_the_way_and_at_the_end():
+    data = load("faces", image_size=16, count=60)
+    recipe = Recipe("", usual=True, keep_memory=False, batch_size=16, lr=1e-3)
+    small = {"latent_dim": 3, "hidden_dims": [4, 8]}
+    found = list(islice(steps_of(recipe, data, small, 8, every=3), 9))
+    assert [each is not None for each in found] == [False, False, True, False, False, True, False, False, True]
+    assert found[-1] == list(islice(steps_of(recipe, data, small, 8), 9))[-1]  # 半路的评价不改变训练
+
+
+def test_a_rung_counts_its_set_up_and_every_seed_has_to_arrive():
+    usual, cost = Cost(1.0, [0.1, 0.2]), Cost(2.0, [0.05, 0.05])
+    row = {"recipe": {"batch_size": 32}, "images": [3200, 6400]}
+    found = timed(row, cost, usual, 6400)
+    whole = [(1 + 99 * each) / (2 + (n - 1) * 0.05) for n in (100, 200) for each in usual.steps]
+    assert (found["low"], found["high"]) == (round(min(whole), 2), round(max(whole), 2)) and found["low"] <= found["speedup"] <= found["high"]
+    assert found["throughput"] == {"median": 1.5, "low": 1.0, "high": 2.0} and found["setup"] == round(2 / 0.15, 1)
+    assert timed({**row, "images": [3200, None]}, cost, usual, 6400)["speedup"] is None
+    assert final([[(1, 0.0), (2, 1.0)], [(2, 3.0)]]) == (2.0, pytest.approx(2**0.5))
+
+
+def test_the_shortest_length_is_the_first_that_reaches(monkeypatch):
+    """长度由验证集定：假的训练，看到 7,000 张才够。"""
+    asked = []
+
+    def found(jobs, validate):
+        asked.extend(images for _, images in jobs)
+        assert validate
+        return [[(images, images + recipe.lr)] for recipe, images in jobs]
+
+    monkeypatch.setattr(speedrun, "curves", found)
+    slow, quick = (Recipe("", lr=lr) for lr in (1.0, 2.0))
+    recipe, images = speedrun.shortest([slow, quick], target=7_000.0)
+    lengths = [round(part * speedrun.IMAGES) for part in speedrun.LENGTHS]
+    assert recipe == quick and images == next(length for length in lengths if length + 2 >= 7_000) and len(asked) < 3 * len(lengths)
+    assert speedrun.shortest([quick], target=1e9)[1] == speedrun.IMAGES
 
 
 @pytest.mark.parametrize("usual", [True, False])
@@ -66,7 +119,7 @@ def test_both_ways_of_training_walk_the_same_number_of_steps(usual):
 
 def test_validation_never_sees_the_test_set():
     data = load("faces", image_size=8, count=100)
-    held_out = _without_test(data)
+    held_out = without_test(data)
     assert torch.equal(torch.cat([held_out.train, held_out.test]), data.train)
 
 
@@ -109,4 +162,3 @@ def test_every_rung_of_the_recorded_ladder_reaches_the_target():
         for rung in run["ladder"][1:]:
             assert rung["elbo"] >= run["target_elbo"], rung["name"]
             assert rung["speedup"] == pytest.approx(rung["throughput"]["median"] * usual["images"] / rung["images"], rel=0.01)
-        assert [each["recipe"]["batch_size"] for each in run["ladder"][:1]] == [BATCH]

@@ -1,7 +1,8 @@
 """给有十分钟 GPU 的人：``python tools/gpu_check.py [--minutes 10] [--out gpu_check.md]``。
 
-依次做：机器是什么；只有在 GPU 上才跑得到的测试；每一本笔记，严格地，一本一个进程；测速的几项。
+依次做：机器是什么；只有在 GPU 上才跑得到的测试；测速的几项，写进记录；每一本笔记，严格地，一本一个进程。
 每一项有自己的时限，做完立刻写进一个文件，所以中途停下也不白做；时间用完，其余的记作没有做。
+十分钟做不完全部：``--only 测速`` 只测速，``--only 笔记`` 只跑笔记，各在十分钟之内。
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ for k in range(torch.cuda.device_count()):
           "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "没有 bf16")
 assert torch.cuda.is_available(), "torch 看不见 GPU"
 """
+BENCHES = (("auto", 150, "--rounds", "3"), ("epoch", 150), ("loop", 100, "--rounds", "5"), ("speedrun", 190, "--search", "--rounds", "5"))
 
 
 def parts() -> list[tuple[str, list[str], int]]:
@@ -33,9 +35,9 @@ def parts() -> list[tuple[str, list[str], int]]:
     chapters = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "notebooks/solutions").glob("*.ipynb"))]
     return [
         ("机器", ["-c", MACHINE], 60),
-        ("GPU 上的测试", [*PYTEST, "tests/test_model.py", "tests/test_evaluate.py", "tests/test_stepper.py", "-k", "cuda"], 90),
+        ("GPU 上的测试", [*PYTEST, *(f"tests/test_{name}.py" for name in ("model", "evaluate", "stepper", "graph")), "-k", "cuda"], 90),
+        *((f"测速 {name}", ["-m", "vaelab.bench", name, "--record", *extra], limit) for name, limit, *extra in BENCHES),
         *((f"笔记 {path.relative_to(ROOT / 'notebooks').with_suffix('')}", [*PYTEST, str(path.relative_to(ROOT))], 90) for path in chapters),
-        *((f"测速 {name}", ["-m", "vaelab.bench", name, "--record"], 150) for name in ("loop", "epoch", "endtoend")),
         ("训练的测试", [*PYTEST, "tests/test_train.py"], 150),
     ]
 
