@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conftest import ROOT
+from vaelab.bench import speedrun
 from vaelab.bench.auto import times_faster
 from vaelab.bench.contest import Contest, ratio
-from vaelab.bench import speedrun
 from vaelab.bench.recipes import CHANGES, Cost, Recipe, steps_of
 from vaelab.bench.speedrun import final, timed, without_test
 from vaelab.data import load

@@ -4,10 +4,11 @@ import ast
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from vaelab.check import verdict
+from vaelab.check import compare, holds, verdict
 from vaelab.exercises import judging
 from vaelab.exercises.judging import KNOWN_WRONG, Wrong, all_checks, checker
 
@@ -81,3 +82,33 @@ def test_every_exercise_knows_some_mistakes():
     assert KNOWN_WRONG.keys() == CHECKS.keys() and all(KNOWN_WRONG.values())
     names = [check.__name__ for check in CHECKS.values()]
     assert len(set(names)) == len(names) and "_" not in names
+
+
+@pytest.mark.parametrize(
+    ("ours", "reference", "options"),
+    [
+        (1.0, 1.1, {}),
+        (1.0, 1.0, {"stderr": math.inf}),
+        (1.0, 5.0, {"stderr": math.inf}),
+        (1.0, 1.0, {"stderr": NAN}),
+        (1.0, 1.0, {"stderr": -1.0}),
+        (NAN, NAN, {}),
+        (torch.zeros(0), torch.zeros(0), {}),
+        ([], [], {"atol": 1.0}),
+        (torch.zeros(2), torch.zeros(1, 2), {}),
+        (1.0, 1.5, {"stderr": 0.1}),
+    ],
+)
+def test_compare_refuses_what_it_cannot_compare(ours, reference, options, capsys):
+    with pytest.raises(AssertionError, match="✗ 名字："):
+        compare("名字", ours, reference, **options)
+    assert not capsys.readouterr().out
+
+
+def test_a_conclusion_holds_only_if_there_is_something_and_all_of_it_is_true(capsys):
+    for good in (True, [1 < 2], torch.tensor([[True, True]]), (k < 3 for k in range(3)), np.bool_(True)):
+        holds("名字", good)
+    assert capsys.readouterr().out == "✓ 名字\n" * 5
+    for bad in (False, [], [True, False], torch.tensor([False]), torch.zeros(0, dtype=torch.bool), (k < 0 for k in range(0)), np.bool_(False)):
+        with pytest.raises(AssertionError, match="✗ 名字："):
+            holds("名字", bad)
