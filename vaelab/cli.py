@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--seed", "初始权重、次序与噪声的种子（默认 0）", type=int, metavar="N")
     option("--precision", "计算精度（默认 auto：这台设备上真的更快才用半精度）", choices=PRECISIONS)
     option("--compile", "用 torch.compile 编译（默认 auto：CPU 与 CUDA 上步数够多才编译）", choices=SWITCHES)
-    option("--cuda-graphs", "把一步录成 CUDA 图（默认 auto：CUDA 上编译时就录）", choices=SWITCHES)
+    option("--cuda-graphs", "把整个一步录成一张 CUDA 图（默认 auto：CUDA 上只有一个进程时就录）", choices=SWITCHES)
     option("--data-on", "训练集放在设备上还是逐批搬运（默认 auto：显存放得下就放）", choices=PLACES)
     option("--local-batch-norm", "多进程时批归一化各算各的（默认合起来统计，数与单进程相同）", action="store_true")
     option("--join-timeout", "多进程时等其余进程到齐的秒数（默认 300）", type=float, metavar="秒")
