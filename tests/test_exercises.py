@@ -112,3 +112,5 @@ def test_a_conclusion_holds_only_if_there_is_something_and_all_of_it_is_true(cap
     for bad in (False, [], [True, False], torch.tensor([False]), torch.zeros(0, dtype=torch.bool), (k < 0 for k in range(0)), np.bool_(False)):
         with pytest.raises(AssertionError, match="✗ 名字："):
             holds("名字", bad)
+    with pytest.raises(TypeError, match="请对调"):
+        holds([True], "名字")

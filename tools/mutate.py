@@ -154,7 +154,7 @@ def slips(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[str, ast.AST]
         if (
             len(node.args) >= 2
             and not any(isinstance(each, ast.Starred) for each in node.args[:2])
-            and name not in ("range", "compare", "getattr", "zip", "isinstance", "Path")
+            and name not in ("range", "compare", "holds", "getattr", "zip", "isinstance", "Path")
         ):
             if name not in UNORDERED and not all(isinstance(each, ast.Constant) for each in node.args[:2]):
                 yield "前两个参数对调", ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)

@@ -61,7 +61,10 @@ def holds(name: str, conditions: object) -> None:
 
     Raises:
         AssertionError: 有一个不成立，或一个也没有：循环一次也不走，就什么也没有核对。
+        TypeError: 说法与条件写反了：字符串里的每个字都算真，不拦住就什么都能通过。
     """
+    if not isinstance(name, str) or isinstance(conditions, str):
+        raise TypeError(f"holds 应先写说法、后写条件，收到 {type(name).__name__} 与 {type(conditions).__name__}；请对调。")
     if isinstance(conditions, torch.Tensor):
         conditions = conditions.flatten().tolist()
     found = [bool(each) for each in conditions] if isinstance(conditions, Iterable) else [bool(conditions)]
