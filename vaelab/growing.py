@@ -1,8 +1,8 @@
 """一格一格长出来的类：01 章用它把 ``VanillaVAE`` 分在几十个单元里写，而每写一段，类都能运行。
 
-``class`` 是一条完整的语句，不能从中间断开，所以这里换一个办法：:class:`Growing` 收下一个个函数，
-把它们的语法树挂到类的语法树上，每收一个就把整个类重新编译一遍。拼类只在这一处；
-拼出来的与 ``vanilla_vae.py`` 是否相同，由 01 章的末尾逐句、逐数地比。
+把类剪成几段分头运行，各段就不在同一个作用域里：后面的段看不见 ``__init__`` 的局部变量，方法成了全局函数。
+所以这里换一个办法：:class:`Growing` 收下一个个函数，把它们的语法树挂到类的语法树上，每收一个就把整个类重新编译一遍。
+写到哪里，:meth:`Growing.follows` 就与成品对到哪里；01 章的末尾再不用这个文件，逐句、逐数地比一遍。
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ class Growing:
         self.methods[method.name].body += method.body
         return self._compiled(function)
 
+    def follows(self, reference: type) -> list[bool]:
+        """写到这里的每个方法，是否与 ``reference`` 里同名的方法从头起逐句相同：参数、装饰器、语句；注释与文档字符串不算。"""
+        theirs = {node.name: node for node in ast.parse(textwrap.dedent(inspect.getsource(reference))).body[0].body if hasattr(node, "args")}
+        return [name in theirs and _begins_with(theirs[name], method) for name, method in self.methods.items()]
+
     def _compiled(self, function: Callable) -> Callable:
         """把整个类编译到 ``function`` 所在的命名空间里；原样返回 ``function``，供装饰器用。"""
         module = ast.parse(f"class {self.name}(nn.Module): pass")
@@ -68,3 +73,15 @@ def _tree(function: Callable) -> ast.FunctionDef:
     (method,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     method.decorator_list.pop(0)
     return method
+
+
+def _begins_with(whole: ast.FunctionDef, part: ast.FunctionDef) -> bool:
+    """``whole`` 是否以 ``part`` 开头：语句可以更多，其余处处相同。"""
+    body = _statements(part)
+    same_head = [ast.dump(head) for head in (whole.args, *whole.decorator_list)] == [ast.dump(head) for head in (part.args, *part.decorator_list)]
+    return same_head and _statements(whole)[: len(body)] == body
+
+
+def _statements(method: ast.FunctionDef) -> list[str]:
+    """函数体的每一句，文档字符串除外。"""
+    return [ast.dump(each) for each in method.body[ast.get_docstring(method) is not None :]]

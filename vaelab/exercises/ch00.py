@@ -14,16 +14,22 @@ def error_in_other_units(answer: object) -> None:
     pictures = torch.randint(0, 256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(1)).double()
     inside = pictures / 127.5 - 1
     truth = float((pictures[0] - pictures[1]).square().mean() / (inside[0] - inside[1]).square().mean())
-    if abs(given - truth) < 0.5:
-        return
-    if abs(given - truth**0.5) < 1:  # 127、128 也是
-        raise Wrong("这是长度的倍数；误差是平方，长度的倍数也要平方。")
-    if abs(given - 255) < 1 or abs(given - 255**2) < 1:
-        raise Wrong("你把 [-1, 1] 当成了 [0, 1]：它的长度是 2，不是 1。")
-    if abs(given * truth - 1) < 0.01:
-        raise Wrong("方向反了：题目问的是 [0, 255] 里的误差除以 [-1, 1] 里的误差。")
+    # 会算错的三样：长度变几倍、忘了平方、方向反了；各种错法凑在一起，逐样说出来
+    for length, what in ((truth**0.5, ""), (127, "255 ÷ 2 是 127.5"), (128, "255 ÷ 2 是 127.5"), (255, LONG), (256, LONG)):
+        for power in (2, 1):
+            for upside_down in (False, True):
+                slips = [what] * bool(what) + [SQUARE] * (power == 1) + [REVERSED] * upside_down
+                guess = length ** (-power if upside_down else power)
+                if abs(given - guess) < 2e-3 * guess * (3e-5 / 2e-3 if not slips else 1):
+                    if slips:
+                        raise Wrong("；".join(slips) + "。")
+                    return
     raise Wrong(f"同样两张图，换成 [0, 255] 之后误差不是原来的 {given:g} 倍；先算长度变几倍，再想平方变几倍。")
 
+
+LONG = "你把 [-1, 1] 当成了 [0, 1]：它的长度是 2，不是 1"
+SQUARE = "这是长度的倍数；误差是平方，长度的倍数也要平方"
+REVERSED = "方向反了：题目问的是 [0, 255] 里的误差除以 [-1, 1] 里的误差"
 
 known_wrong(
     "0.1",
@@ -34,15 +40,21 @@ known_wrong(
     ("当成了 [0, 1]", 255**2),
     ("方向反了", 1 / 127.5**2),
     ("方向反了", 6.15e-5),
+    ("长度的倍数也要平方；方向反了", 1 / 127.5),
+    ("255 ÷ 2 是 127.5", 128**2),
+    ("255 ÷ 2 是 127.5", 127**2),
+    ("当成了 [0, 1]", 256**2),
+    ("长度的倍数", torch.tensor([127.5])),
     ("不是原来的 1 倍", 1),  # 以为换坐标不改变误差
 )
 
 
 class Bend(torch.nn.Module):
-    """逐像素的一道弯，式子简单，弯得回去。"""
+    """逐像素的一道弯，式子简单，弯得回去；训练模式下像批归一化那样，还要看同批的别人。"""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sinh(2 * x)
+        bent = torch.sinh(2 * x)
+        return bent - bent.mean(dim=0) if self.training else bent
 
 
 @checks("0.2")
@@ -55,6 +67,7 @@ def moving_along_a_direction(answer: object) -> None:
     model.encoder, model.decoder, model.final_layer = Bend(), torch.nn.Identity(), torch.nn.Tanh()
     model.fc_mu, model.fc_var = torch.nn.Linear(16, 3, bias=False).double(), torch.nn.Linear(16, 3).double()
     model.decoder_input, model.bottom = torch.nn.Linear(3, 16).double(), 4
+    model.eval()  # 换上的层生来在训练模式
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
@@ -84,6 +97,8 @@ def moving_along_a_direction(answer: object) -> None:
 
         if not is_like(again):
             raise Wrong("同样的输入调用两次，结果不同：读数应取 mu，不要抽样。")
+        if model.training:
+            raise Wrong(EVAL)
         if is_like(moved(strength * direction)):
             continue
         if is_like(generate(x)) or is_like(x):
@@ -99,7 +114,18 @@ def moving_along_a_direction(answer: object) -> None:
             raise Wrong("你先平均了图，再编码：平均出来的重影不是一张脸；应先编码每张图，再平均它们的 mu。")
         if is_like(moved(strength * middle(bend(with_it)))):
             raise Wrong("只加了 with_it 的平均；方向是两个平均之差。")
+        if is_like(moved(strength * (bend(with_it).sum(dim=0) - bend(without_it).sum(dim=0)))):
+            raise Wrong("你把各批的 mu 加了起来；两批张数不同，要取平均。")
         raise Wrong("形状对，数不对；依次核对：三次 encode 都取第一个返回值 mu，各批取平均，作差，乘 strength，加到 x 的 mu 上，decode。")
+    # 交来一个还在训练模式的模型，答案不该变
+    model.train()
+    got = call(0.7)
+    model.eval()
+    if not torch.allclose(got, moved(0.7 * direction), atol=1e-6):
+        raise Wrong(EVAL)
+
+
+EVAL = "编码或解码的时候模型在训练模式：批归一化会看同批的别人，同一张图画出来就不同；直接用 encode、decode 之前先 model.eval()。"
 
 
 def _mean_mu(model: VanillaVAE, images: Tensor) -> Tensor:
@@ -122,6 +148,15 @@ def _pictures_averaged_before_encoding(model, x, long, short, strength):
 
 def _reconstructions_added(model, x, long, short, strength):
     return model.generate(x) + strength * (model.generate(long).mean(dim=0) - model.generate(short).mean(dim=0))
+
+
+def _forgets_eval(model, x, long, short, strength):
+    return model.decode(model.encode(x)[0] + strength * (_mean_mu(model, long) - _mean_mu(model, short)))
+
+
+def _leaves_train_on(model, x, long, short, strength):
+    model.train()
+    return _forgets_eval(model, x, long, short, strength)
 
 
 def _sums_instead_of_means(model, x, long, short, strength):
@@ -152,5 +187,7 @@ known_wrong(
     ("先平均了图，再编码", _pictures_averaged_before_encoding),
     ("只加了 with_it", lambda model, x, long, short, strength: model.decode(model.encode(x)[0] + strength * _mean_mu(model, long))),
     ("依次核对", _log_var_instead_of_mu),
-    ("依次核对", _sums_instead_of_means),
+    ("要取平均", _sums_instead_of_means),
+    ("先 model.eval()", _forgets_eval),
+    ("先 model.eval()", _leaves_train_on),
 )  # fmt: skip
