@@ -96,6 +96,8 @@ def as_double(value: object) -> Tensor:
     """数或张量 → CPU 上不带梯度的 float64 张量。"""
     if isinstance(value, Tensor):
         return value.detach().cpu().to(torch.float64)  # 先搬后转：MPS 没有 float64
+    if isinstance(value, (list, tuple)) and any(isinstance(each, Tensor) and each.requires_grad for each in value):
+        value = [each.detach() if isinstance(each, Tensor) else each for each in value]  # 一列带梯度的，as_tensor 会警告
     return torch.as_tensor(value, dtype=torch.float64)
 
 
