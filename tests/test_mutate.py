@@ -17,7 +17,7 @@ LINUX = pytest.mark.skipif(not hasattr(os, "fork"), reason="要能 fork")
 
 
 def kinds(source: str) -> dict[str, str]:
-    return {what.split("：")[0]: what.split(" → ")[1] for what, _ in mutants(source)}
+    return {what.split("：")[0]: what.split(" → ")[1].split("（")[0] for what, _ in mutants(source)}
 
 
 @pytest.mark.parametrize(

@@ -201,8 +201,15 @@ def mutants(source: str) -> list[tuple[str, str]]:
                 seen.add(text)
                 what = ast.unparse(node) if not isinstance(node, ast.For) else ast.unparse(node).splitlines()[0]
                 became = ast.unparse(new) if not isinstance(new, ast.For) else "…"
-                found.append((f"{kind}：{what[:90]} → {became[:90]}", text))
+                where = f"（{_statement(tree, path)[:60]}）" if len(what) + len(became) < 12 else ""  # 太短的说不清是哪一处
+                found.append((f"{kind}：{what[:90]} → {became[:90]}{where}", text))
     return found
+
+
+def _statement(tree: ast.AST, path: tuple) -> str:
+    """``path`` 所在的那一句，写成一行。"""
+    inside = [_at(tree, path[:length]) for length in range(len(path) + 1)]
+    return " ".join(ast.unparse([each for each in inside if isinstance(each, ast.stmt)][-1]).split())
 
 
 class Kernel:
