@@ -103,16 +103,36 @@ def test_elbo_agrees_with_torch_distributions_for_any_q():
     assert abs(eps.mean()) < 0.4 and 0.6 < eps.var() < 1.5
 
 
+def test_variance_from_elsewhere_and_the_standard_error():
+    model, images = fitted(60, bad=True)
+    free = evaluate(model, images)
+    for sigma2 in (free.mse * 0.7, free.mse, free.mse * 2):
+        model.codes.clear()
+        fixed = evaluate(model, images, sigma2=sigma2)
+        x = to_float(images).double()
+        mu, log_var = model.eval().encode(x)
+        recons = model.decode(next(z for z in model.codes if not torch.allclose(z, mu)))
+        log_p = Normal(recons, math.sqrt(sigma2)).log_prob(x).flatten(1).sum(dim=1)
+        each = log_p - kl_divergence(Normal(mu, (log_var / 2).exp()), Normal(0.0, 1.0)).sum(dim=1)  # [60]，逐图的 ELBO
+        assert fixed.elbo == pytest.approx(each.mean().item()) and fixed.sigma2 == sigma2
+        assert fixed.elbo_stderr == pytest.approx(each.std().item() / math.sqrt(60), rel=1e-9)
+        assert fixed.mse == free.mse == free.sigma2 and fixed.elbo <= free.elbo + 1e-9
+        assert fixed.bits_per_dim == pytest.approx(bits_per_dim(fixed.elbo, D))
+    assert math.isnan(evaluate(model, images[:1]).elbo_stderr)
+    with pytest.raises(ValueError, match="应为有限的正数，收到 0"):
+        evaluate(model, images, sigma2=0)
+
+
 def test_bound_rises_with_samples_to_the_truth():
     model, images = fitted(100, bad=True)
-    images = images[:1].expand(1000, C, H, W)  # 同一张图：标准误里只剩抽样误差
+    images = images[:1].expand(1000, C, H, W)  # 同一张图：标准误差里只剩抽样误差
     truth = model.truth(images[:1]).item()
     bounds = [log_likelihood_bound(model, images, model.sigma2, k, chunk=500) for k in (1, 5, 50, 500)]
     for bound, error in bounds:
         assert 0 < error < 0.1 and bound < truth + 4 * error
     for (low, low_error), (high, high_error) in zip(bounds, bounds[1:]):
         assert low < high + 4 * math.hypot(low_error, high_error)
-    assert bounds[0][0] < bounds[1][0] < bounds[2][0] < truth  # 这几步远大于标准误
+    assert bounds[0][0] < bounds[1][0] < bounds[2][0] < truth  # 这几步远大于标准误差
     assert bounds[0][0] < truth - 0.5 and bounds[3][0] == pytest.approx(truth, abs=0.02)
     # K = 1 的期望是 ELBO，它有闭式。
     x = to_float(images[:1]).double()

@@ -70,8 +70,10 @@ class Evaluation:
     Attributes:
         count: 图像数 N。
         dim: 每张图的元素数 D = C·H·W。
-        sigma2: 最优的解码器方差，等于每张图取一个 z ~ q(z|x) 重建的 MSE，[-1, 1] 坐标的平方。
-        elbo: σ² 取最优值时的 ELBO，nat/图，= reconstruction − kld。
+        mse: 每张图取一个 z ~ q(z|x) 重建的 MSE，[-1, 1] 坐标的平方。
+        sigma2: 算 ELBO 所用的解码器方差；不指定就是本集合上最优的，即 mse 本身。
+        elbo: 解码器方差取 sigma2 时的 ELBO，nat/图，= reconstruction − kld。
+        elbo_stderr: elbo 的标准误差，来自图与图之间的差异；只有一张图时是 ``nan``。
         reconstruction: E_q[log p(x|z)]，nat/图。
         kld: KL(q(z|x) ‖ p(z))，nat/图，非负。
         bits_per_dim: ELBO 换成 8 位灰阶的比特/维，越低越好；它是密度，限度见函数 :func:`bits_per_dim`。
@@ -79,13 +81,15 @@ class Evaluation:
         active_units: 活跃维数，即 Var_x(mu_j) > 0.01 的 j 的个数。
         psnr: 由 mu 重建（不抽样）的峰值信噪比，dB，峰峰值 2；由整个集合的 MSE 算得，不是逐图 PSNR 的平均。
         baseline_mse: 对照：每个像素都猜本集合的平均图时的 MSE。
-        optimal_kld_weight: 2σ²/D，见函数 :func:`optimal_kld_weight`。
+        optimal_kld_weight: 2·mse/D，见函数 :func:`optimal_kld_weight`。
     """
 
     count: int
     dim: int
+    mse: float
     sigma2: float
     elbo: float
+    elbo_stderr: float
     reconstruction: float
     kld: float
     bits_per_dim: float
@@ -95,21 +99,16 @@ class Evaluation:
     baseline_mse: float
     optimal_kld_weight: float
 
-    @property
-    def mse(self) -> float:
-        """每张图取一个 z ~ q(z|x) 重建的 MSE；最优的 σ² 就是它，所以只存一份。"""
-        return self.sigma2
-
     def summary(self) -> str:
         """给终端看的几行中文，带单位。"""
         return "\n".join(
             (
                 f"测试集 {self.count} 张图，每张 D = {self.dim} 个数",
-                f"  ELBO      {self.elbo:.1f} nat/图，{self.bits_per_dim:.3f} 比特/维（8 位灰阶，密度）",
+                f"  ELBO      {self.elbo:.1f} nat/图，{self.bits_per_dim:.3f} 比特/维（8 位灰阶的密度，不是码长）",
                 f"  重建项    {self.reconstruction:.1f} nat/图",
                 f"  KL        {self.kld:.2f} nat/图，活跃维数 {self.active_units}/{len(self.kld_per_dim)}",
-                f"  MSE       {self.sigma2:.5f}（只猜平均图：{self.baseline_mse:.5f}），PSNR {self.psnr:.2f} dB",
-                f"  最优 σ²   {self.sigma2:.5f}，对应的 KL 权重 2σ²/D = {self.optimal_kld_weight:.3g}",
+                f"  MSE       {self.mse:.5f}（只猜平均图：{self.baseline_mse:.5f}），PSNR {self.psnr:.2f} dB",
+                f"  最优 σ²   {self.mse:.5f}，在这些图上拟合；对应的 KL 权重 2σ²/D = {self.optimal_kld_weight:.3g}",
             )
         )
 
@@ -161,12 +160,16 @@ class _Probe:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, *, batch_size: int = 256, seed: int = 0) -> Evaluation:
+def evaluate(model: nn.Module, images: Tensor, *, sigma2: float | None = None, batch_size: int = 256, seed: int = 0) -> Evaluation:
     """在一组图像上评价模型；不改动模型，占用的内存不随 N 增长。
+
+    不指定 ``sigma2``，它就取在这组图像上最优的值：在测试集上也拟合了一个数，ELBO 因此不低于用别的 σ² 的。
+    要测试集完全没有参与，用训练集上的：``evaluate(model, test, sigma2=evaluate(model, train).mse)``。
 
     Args:
         model: 有 ``encode(x) -> [mu, log_var]`` 与 ``decode(z)`` 的模块，在哪个设备都可以。
         images: uint8 ``[N, C, H, W]``。
+        sigma2: 解码器方差，正数；None 取这组图像上最优的，即 MSE。
         batch_size: 一次送入模型的图像数；除舍入外不影响结果。
         seed: 噪声的种子，非负；同一颗种子在任何设备上噪声相同。
 
@@ -174,35 +177,55 @@ def evaluate(model: nn.Module, images: Tensor, *, batch_size: int = 256, seed: i
         TypeError, ValueError: 图像不是非空的 uint8 ``[N, C, H, W]``，或其余参数不合要求。
     """
     _check(images, seed)
+    if sigma2 is not None:
+        _check_variance(sigma2)
     probe = _Probe(model, images, seed)
-    pixels, means = _Moments(), _Moments()
+    pixels, means, terms = _Moments(), _Moments(), _Moments()
     kld_per_dim, sampled_error, mean_error = 0.0, 0.0, 0.0
     with eval_mode(model):
         for x in probe.batches(positive_int("batch_size", batch_size)):
             mu, log_var = probe.encode(x)
-            kld_per_dim = kld_per_dim + kl_to_standard_normal(mu, log_var).sum(dim=0)
-            sampled_error += probe.mse(x, probe.draw(mu, log_var, 1)).sum().item()
+            kl = kl_to_standard_normal(mu, log_var)
+            error = probe.mse(x, probe.draw(mu, log_var, 1))[:, 0]
+            kld_per_dim = kld_per_dim + kl.sum(dim=0)
+            sampled_error += error.sum().item()
+            terms.update(torch.stack([error, kl.sum(dim=1), error + kl.sum(dim=1)], dim=1))
             mean_error += probe.mse(x, mu[:, None]).sum().item()
             pixels.update((x.cpu() if x.device.type == "mps" else x).double())  # MPS 没有 float64
             means.update(mu)
     count, dim = len(images), images[0].numel()
-    sigma2, kld_per_dim = sampled_error / count, kld_per_dim / count
+    mse, kld_per_dim = sampled_error / count, kld_per_dim / count
     kld = kld_per_dim.sum().item()
-    elbo = elbo_from_mse(sigma2, kld, dim)
+    reconstruction = elbo_from_mse(mse, 0.0, dim) if sigma2 is None else gaussian_log_likelihood(mse, sigma2, dim)
+    sigma2 = mse if sigma2 is None else sigma2
     return Evaluation(
         count=count,
         dim=dim,
+        mse=mse,
         sigma2=sigma2,
-        elbo=elbo,
-        reconstruction=elbo_from_mse(sigma2, 0.0, dim),
+        elbo=reconstruction - kld,
+        elbo_stderr=_elbo_stderr(terms, sigma2, dim),
+        reconstruction=reconstruction,
         kld=kld,
-        bits_per_dim=bits_per_dim(elbo, dim),
+        bits_per_dim=bits_per_dim(reconstruction - kld, dim),
         kld_per_dim=kld_per_dim,
         active_units=int((means.m2 / count > ACTIVE_VARIANCE).sum()),
         psnr=10 * math.log10(4 * count / mean_error) if mean_error else math.inf,
         baseline_mse=(pixels.m2 / count).mean().item(),
-        optimal_kld_weight=optimal_kld_weight(sigma2, dim),
+        optimal_kld_weight=optimal_kld_weight(mse, dim),
     )
+
+
+def _elbo_stderr(terms: _Moments, sigma2: float, dim: int) -> float:
+    """逐图的 D·MSE/(2σ²) + KL 的平均的标准误差；``terms`` 是 MSE、KL 与两者之和，协方差由和的方差得来。
+
+    σ² 在同一组图上取了最优也照样成立：那里 ELBO 对 σ² 的导数为零。
+    """
+    if terms.count < 2 or not sigma2:
+        return math.nan
+    error, kl, both = (terms.m2 / (terms.count - 1)).tolist()
+    a = dim / (2 * sigma2)
+    return math.sqrt(max(0.0, (a * a - a) * error + a * both + (1 - a) * kl) / terms.count)
 
 
 @torch.no_grad()
@@ -218,11 +241,10 @@ def log_likelihood_bound(model: nn.Module, images: Tensor, sigma2: float, num_sa
         chunk: 一次解码的 z 的个数；内存只随它增长，除舍入外不影响结果。
 
     Returns:
-        ``(下界, 标准误)``，nat/图，对图像取平均；标准误来自图像之间的差异，只有一张图时是 ``nan``。
+        ``(下界, 标准误差)``，nat/图，对图像取平均；标准误差来自图像之间的差异，只有一张图时是 ``nan``。
     """
     _check(images, seed)
-    if not (math.isfinite(sigma2) and sigma2 > 0):
-        raise ValueError(f"sigma2（解码器方差）应为有限的正数，收到 {sigma2}；通常取 evaluate(...).sigma2。")
+    _check_variance(sigma2)
     num_samples, chunk = positive_int("num_samples", num_samples), positive_int("chunk", chunk)
     probe = _Probe(model, images, seed)
     dim, bounds, zero = images[0].numel(), _Moments(), torch.zeros((), dtype=torch.float64)
@@ -249,3 +271,8 @@ def _check(images: Tensor, seed: int) -> None:
         raise ValueError(f"评价用的图像应为非空的 [N, C, H, W]，收到 {list(images.shape)}；请至少给一张图。")
     if seed < 0:
         raise ValueError(f"seed 应为非负整数，收到 {seed}；请改为 0 或更大的整数。")
+
+
+def _check_variance(sigma2: float) -> None:
+    if not (math.isfinite(sigma2) and sigma2 > 0):
+        raise ValueError(f"sigma2（解码器方差）应为有限的正数，收到 {sigma2}；通常取 evaluate(...).sigma2。")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Laplace, Normal, kl_divergence
 
-from vaelab.exercises.judging import Wrong, ask, checks, known_wrong, number, numbers, tensor
+from vaelab.exercises.judging import Wrong, ask, checks, finite, known_wrong, number, numbers, tensor
 
 
 @checks("6.1")
@@ -30,19 +30,27 @@ def weight_when_things_change(answer: object) -> None:
         return kl.sum(dim=1).mean()
 
     goal = implied(0.00025, (3, 64, 64), total, 1.0)
-    if abs(implied(ranged, (3, 64, 64), total, 2.0) / goal - 1) > 0.02:
+
+    def off(which: int, w: float, *setting: object) -> bool:
+        """σ 与原来的差过千分之二；差得不多的先说：三个数都恰好是原来的几倍，不必取近似。"""
+        ratio = implied(w, *setting) / goal
+        if 0.002 < abs(ratio - 1) < 0.1:
+            raise Wrong(f"第 {which} 问的 {w:g} 很近了，可是不准：它恰好是 0.00025 的整数倍或几分之一，不必取近似。")
+        return abs(ratio - 1) > 0.002
+
+    if off(1, ranged, (3, 64, 64), total, 2.0):
         if abs(ranged / 0.00025 - 2) < 0.02:
             raise Wrong("第 1 问只乘了 2：标准差大 2 倍，w 里的是方差。")
         if 0 < ranged < 0.00025:
             raise Wrong("第 1 问方向反了：值域变宽，同样的相对噪声，σ² 要变大。")
         raise Wrong(f"第 1 问的 {ranged:g} 不对：值域宽了 2 倍，σ 应是原来的几倍，σ² 呢？")
-    if abs(implied(enlarged, (3, 128, 128), total, 1.0) / goal - 1) > 0.02:
+    if off(2, enlarged, (3, 128, 128), total, 1.0):
         if abs(enlarged / 0.00025 - 0.5) < 0.02:
             raise Wrong("第 2 问只除以 2：边长加倍，像素数 D 是原来的几倍？")
         if enlarged >= 0.00025:
             raise Wrong("第 2 问：D 变大而 σ² 不变，w = 2σ²/D 应当变小。")
         raise Wrong(f"第 2 问的 {enlarged:g} 不对：由 w = 2σ²/D，σ² 不变，只有 D 变了。")
-    if abs(implied(averaged, (3, 64, 64), torch.mean, 1.0) / goal - 1) > 0.02:
+    if off(3, averaged, (3, 64, 64), torch.mean, 1.0):
         if 0 < averaged < 0.00025:
             raise Wrong("第 3 问方向反了：取平均已经把 KL 除以 128，权重要乘回来。")
         raise Wrong(f"第 3 问的 {averaged:g} 不对：对 128 维取平均，KL 小了 128 倍。")
@@ -60,6 +68,10 @@ known_wrong(
     ("只有 D 变了", (0.001, 0.00025 / 16, 0.032)),  # 面积的 4 倍又平方了一次
     ("第 3 问方向反了", (0.001, 0.0000625, 0.00025 / 128)),
     ("KL 小了 128 倍", (0.001, 0.0000625, 0.00025)),  # 以为取平均不影响
+    ("KL 小了 128 倍", (0.001, 0.0000625, float(2**20))),
+    ("第 1 问的 0.00103 很近了", (0.00103, 0.0000625, 0.032)),
+    ("第 2 问的 6.1e-05 很近了", (0.001, 0.000061, 0.032)),
+    ("第 3 问的 0.0317 很近了", (0.001, 0.0000625, 0.0317)),
 )
 
 
@@ -89,6 +101,14 @@ def noise_behind_another_loss(answer: object) -> None:
             raise Wrong(f"{where}小了 D 倍：SE 已经是求和，−log p(x|z) 里的也是求和，D 不出现。")
         if times(L):
             raise Wrong(f"{where}大了 L 倍：KL 对 L 维取了平均，等于权重除以 L。")
+        if times(truth**-0.5):
+            raise Wrong(f"{where}你交的是标准差 σ，题目要的是方差 σ²。")
+        if times(a):
+            raise Wrong(f"{where}大了 a 倍：SE 前面的 a 就是 1/(2σ²) 的一部分，也要除。")
+        if times(1 / b):
+            raise Wrong(f"{where}漏了 b：整个损失要先除以 KL 的系数，让 KL 前面变成 1。")
+        if times((a / b) ** 2):
+            raise Wrong(f"{where}除反了：a 大，说明更在乎重建，σ² 要小。")
         if times(2) or times(0.5):
             raise Wrong(f"{where}差一个 2 倍：SE 在 −log p(x|z) 里的系数是 1/(2σ²)。")
         raise Wrong(f"{where}你给出 {got:.4g}，由梯度之比得到的是 {truth:.4g}；先把损失整理成 SE/(2σ²) + KL 的倍数。")
@@ -102,10 +122,12 @@ known_wrong(
     ("大了 L 倍", lambda a, b, D, L: b / (2 * a)),
     ("差一个 2 倍", lambda a, b, D, L: b / (a * L)),
     ("差一个 2 倍", lambda a, b, D, L: b / (4 * a * L)),
-    ("先把损失整理成", lambda a, b, D, L: a / (2 * b * L)),  # 除反了
-    ("先把损失整理成", lambda a, b, D, L: b / (2 * L)),  # 忘了 a
-    ("先把损失整理成", lambda a, b, D, L: 1 / (2 * a * L)),  # 忘了 b
-    ("先把损失整理成", lambda a, b, D, L: math.sqrt(b / (2 * a * L))),  # 交了 σ
+    ("除反了", lambda a, b, D, L: a / (2 * b * L)),
+    ("大了 a 倍", lambda a, b, D, L: b / (2 * L)),
+    ("漏了 b", lambda a, b, D, L: 1 / (2 * a * L)),
+    ("你交的是标准差", lambda a, b, D, L: math.sqrt(b / (2 * a * L))),
+    ("先把损失整理成", lambda a, b, D, L: b / (2 * a) - L),
+    ("先把损失整理成", lambda a, b, D, L: 0.5),  # 第一组碰巧对的常数
 )
 
 
@@ -120,7 +142,9 @@ def negative_elbo(answer: object) -> None:
         nll, kl_total = pixel_nll.flatten(1).sum(dim=1), kl.sum(dim=1)
         truth, dim = nll + kl_total, x[0].numel()
         what = "每张图一个数，形状 [3]（只对像素和隐变量求和，不要对批求和或平均）"
-        got = tensor(ask(answer, recons.clone(), x.clone(), mu.clone(), log_var.clone(), sigma2), (3,), what)
+        returned = ask(answer, recons.clone(), x.clone(), mu.clone(), log_var.clone(), sigma2)
+        got = tensor(finite(returned, what) if isinstance(returned, (list, tuple)) else returned, (3,), what)
+        half_se = (x - recons).square().flatten(1).sum(dim=1) / 2
 
         def near(value: Tensor, got: Tensor = got) -> bool:
             return torch.allclose(got, value, rtol=1e-5, atol=1e-5)
@@ -142,6 +166,27 @@ def negative_elbo(answer: object) -> None:
             raise Wrong("常数只加了一份；D 个像素各有一份 ½·log(2πσ²)。")
         if near(nll - kl_total):
             raise Wrong("KL 的符号反了：它在 −ELBO 里是加上去的。")
+        if near(nll):
+            raise Wrong("只有重建项，漏了 KL。")
+        if near(kl_total):
+            raise Wrong("只有 KL，漏了 −log p(x|z)。")
+        if near(nll + 2 * kl_total) or near(nll + kl_total / 2):
+            raise Wrong("KL 差一个 2 倍：它是 ½ Σ (mu² + σ² − 1 − log σ²)，½ 只有一个。")
+        if near(truth + half_se / sigma2) or near(truth - half_se / sigma2 / 2):
+            raise Wrong("重建项里的 SE 差一个 2 倍：它除以 2σ²。")
+        if near(truth - half_se / sigma2 + half_se / sigma2**0.5) or near(truth - half_se / sigma2 + half_se / sigma2**2):
+            raise Wrong("SE 要除以 2σ²，sigma2 已经是方差 σ²，不要再开方或平方。")
+        if near(truth - spread / 2) or near(truth + spread):
+            raise Wrong("D/2·log(2πσ²) 里是方差 σ²，sigma2 已经是它，不要再开方或平方。")
+        if near(truth + constant + spread) or near(truth - (constant + spread) / 2):
+            raise Wrong("常数差一个 2 倍：D 个像素各有 ½·log(2πσ²)，合起来是 D/2·log(2πσ²)。")
+        if near(nll + kl.sum()) or near(nll + kl.sum() / 3) or near(nll + kl_total.sum()):
+            raise Wrong("你把一批的 KL 合成了一个数，加到每张图上；每张图只加自己的 KL。")
+        if any(near(truth - (1 - count / dim) * (constant + spread)) for count in (x[0, 0].numel(), x.numel())):
+            raise Wrong("常数里的 D 数错了：D = C·H·W，通道要算，批不算。")
+        stds = kl_divergence(Normal(mu, log_var.exp()), Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum(dim=1)
+        if near(nll + stds):
+            raise Wrong("log_var 是 log σ²，你当成了 log σ：方差是 exp(log_var)，不是它的平方。")
         raise Wrong(f"σ² = {sigma2:g} 时第一张图你给出 {float(got[0]):.6g}，应为 {float(truth[0]):.6g}；分别核对两项。")
 
 
@@ -175,6 +220,20 @@ known_wrong(
     ("常数只加了一份", _elbo_loss(lambda recons, x, sigma2: _se(recons, x).sum(1) / (2 * sigma2) + 0.5 * math.log(2 * math.pi * sigma2))),
     ("KL 的符号反了", _elbo_loss(kl=lambda each: -each.sum(1))),
     ("分别核对两项", _elbo_loss(lambda recons, x, sigma2: -Normal(recons, sigma2).log_prob(x).flatten(1).sum(1))),  # 把 σ² 当成了 σ
+    ("漏了 KL", _elbo_loss(kl=lambda each: 0 * each.sum(1))),
+    ("漏了 −log p", _elbo_loss(lambda recons, x, sigma2: 0.0)),
+    ("½ 只有一个", _elbo_loss(kl=lambda each: 2 * each.sum(1))),
+    ("½ 只有一个", _elbo_loss(kl=lambda each: each.sum(1) / 2)),
+    ("除以 2σ²。", _elbo_loss(lambda recons, x, sigma2: _se(recons, x).sum(1) / sigma2 + _constant(x, sigma2))),
+    ("不要再开方或平方", _elbo_loss(lambda recons, x, sigma2: _se(recons, x).sum(1) / (2 * sigma2**0.5) + _constant(x, sigma2))),
+    ("里是方差 σ²", _elbo_loss(lambda recons, x, sigma2: _se(recons, x).sum(1) / (2 * sigma2) + _constant(x, sigma2**0.5))),
+    ("常数差一个 2 倍", _elbo_loss(lambda recons, x, sigma2: _se(recons, x).sum(1) / (2 * sigma2) + 2 * _constant(x, sigma2))),
+    ("合成了一个数", _elbo_loss(kl=lambda each: each.sum())),
+    ("合成了一个数", _elbo_loss(kl=lambda each: each.sum(1).mean())),
+    ("通道要算", _elbo_loss(lambda recons, x, sigma2: _se(recons, x).sum(1) / (2 * sigma2) + _constant(x[:, 0], sigma2))),
+    ("批不算", _elbo_loss(lambda recons, x, sigma2: _se(recons, x).sum(1) / (2 * sigma2) + _constant(x[None], sigma2))),
+    ("当成了 log σ", lambda recons, x, mu, log_var, sigma2: _elbo_loss()(recons, x, mu, 2 * log_var, sigma2)),
+    ("一个数，形状", lambda recons, x, mu, log_var, sigma2: [1.0, 2.0]),  # 列表也收，长度要对
 )
 
 
