@@ -143,7 +143,7 @@ def test_committed_records_say_where_when_and_with_what(record):
 
 def test_the_readme_quotes_the_newest_record():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    record = read_records()[-1]
+    record = [each for each in read_records() if "loop" in each][-1]  # 有的机器只量了几样
     ratios = [record[section]["ratio"] for section in ("loop", "data", "endtoend")] + [record["loop"]["compiled_ratio"]]
     for numbers in ratios:
         assert f"{numbers['median']:g} 倍（{numbers['low']:g}–{numbers['high']:g}）" in readme

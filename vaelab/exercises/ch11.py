@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,8 @@ def growth_with_the_side(answer: object) -> None:
         raise Wrong("梯度：autocast 之下权重与梯度仍是 float32，不减半。")
     if abs(gradient - 4) < 0.05:
         raise Wrong("梯度：只有三个全连接层的权重是 4 倍，卷积的不变；要按各占多少来平均。")
+    if abs(gradient + 1 - after / before) < 0.06:
+        raise Wrong("梯度：这是多出来的占原来的几成；问的是变成几倍，要加上原来的 1。")
     if abs(gradient - after / before) > 0.06:
         raise Wrong(f"梯度：参数从 {before:,} 个变成几？可以建两个模型数一数。")
 
@@ -50,6 +53,7 @@ known_wrong(
     ("数一数它们占多少", (4, 4, 2, 1)),
     ("不减半", (4, 4, 2, 0.8)),
     ("按各占多少来平均", (4, 4, 2, 4)),
+    ("要加上原来的 1", (4, 4, 2, 0.6)),
     ("可以建两个模型数一数", (4, 4, 2, 2)),
 )
 
@@ -76,6 +80,10 @@ def arithmetic_intensity(answer: object) -> None:
             flops / each / data: "权重也要读一遍；批小、通道多的时候它不能忽略。",
             flops / each / (data + B * weights): "权重一批只读一次，要摊到 B 张图上，不是每张读一次。",
             flops / each / (x.numel() + weights): "输出也要写一遍。",
+            flops / each / (out.numel() + weights): "输入也要读一遍。",
+            truth / 8: "each 已经是字节，不必再换成比特。",
+            truth / B: "字节算了 B 张，运算只算了一张。",
+            1 / truth: "倒过来了：强度是运算数除以字节数。",
         }
         if abs(got - truth) < 1e-5 * truth:
             continue
@@ -106,30 +114,37 @@ known_wrong(
     ("权重也要读一遍", _intensity(lambda B, each, flops, x, out, w: flops / each / (x + out))),
     ("权重一批只读一次", _intensity(lambda B, each, flops, x, out, w: flops / each / (x + out + B * w))),
     ("输出也要写一遍", _intensity(lambda B, each, flops, x, out, w: flops / each / (x + w))),
-    ("应得", _intensity(lambda B, each, flops, x, out, w: flops / each / (out + w))),  # 漏了输入
-    ("应得", _intensity(lambda B, each, flops, x, out, w: flops / B / each / (x + out + w))),  # 运算只算了一张图
+    ("输入也要读一遍", _intensity(lambda B, each, flops, x, out, w: flops / each / (out + w))),
+    ("运算只算了一张", _intensity(lambda B, each, flops, x, out, w: flops / B / each / (x + out + w))),
+    ("不必再换成比特", _intensity(lambda B, each, flops, x, out, w: flops / each / 8 / (x + out + w))),
+    ("倒过来了", _intensity(lambda B, each, flops, x, out, w: each * (x + out + w) / flops)),
+    ("应得", _intensity(lambda B, each, flops, x, out, w: flops / (each * (x + out) + 4 * w))),  # 以为权重总是 float32
 )
 
 
 @checks("11.3")
 def speed_of_a_part(answer: object) -> None:
     """只许动占 share 的一类，整体要快到 target 倍，它要加快几倍。"""
-    for share, target in ((0.5, 1.5), (0.9, 5.0), (0.28, 1.2), (0.3, 1.0), (0.5, 2.0), (0.25, 3.0)):
+    for share, target in ((0.5, 1.5), (0.9, 5.0), (0.28, 1.2), (0.3, 1.0), (0.5, 2.0), (0.25, 3.0), (1.0, 4.0)):
         got = number(ask(answer, share, target), "一个数，办不到时返回 math.inf", infinite=True)
         case = f"占 {share:g}、要快到 {target:g} 倍"
-        if target * (1 - share) >= 1:  # 其余的部分自己就用完了时间
+        if share < 1 and target * (1 - share) >= 1:  # 其余的部分自己就用完了时间
             if got != math.inf:
                 raise Wrong(f"{case}：这一类完全不花时间也只快 {1 / (1 - share):.3g} 倍，到不了，应返回 math.inf。")
             continue
         if got == math.inf:
-            raise Wrong(f"{case}：办得到，上限是 1/(1 − p) = {1 / (1 - share):.3g} 倍。")
+            limit = f"上限是 1/(1 − p) = {1 / (1 - share):.3g} 倍" if share < 1 else "全部都可以加快，没有上限"
+            raise Wrong(f"{case}：办得到，{limit}。")
         if got <= 0:
             raise Wrong(f"{case}：加快的倍数应是正数，收到 {got:g}。")
+        left = 1 / target - (1 - share)  # 留给这一类的时间
+        if abs(got * share - left) < 1e-6 * left and target != 1:
+            raise Wrong(f"{case}：{got:.3g} 是这一类的时间要缩到原来的几成，倒过来才是加快的倍数。")
         reached = 1 / (1 - share + share / got)
-        if abs(got - target) < 1e-6 and target != 1:
+        if abs(got - target) < 1e-6 and target != 1 and share != 1:
             raise Wrong(f"{case}：只把这一类加快 {target:g} 倍，整体只快 {reached:.3g} 倍；其余的部分没有变快。")
         if abs(reached - target) > 1e-5:
-            raise Wrong(f"{case}：你说加快 {got:.4g} 倍；代回式(11.14)，整体快 {reached:.4g} 倍。")
+            raise Wrong(f"{case}：你说加快 {got:.4g} 倍；代回式(11.18)，整体快 {reached:.4g} 倍。")
 
 
 def _left(share, target):
@@ -143,11 +158,21 @@ known_wrong(
     ("应返回 math.inf", lambda share, target: 0.0 if _left(share, target) <= 0 else share / _left(share, target)),
     ("应返回 math.inf", lambda share, target: share / max(_left(share, target), 1e-9)),  # 加一个小数，躲过除以零
     ("办得到，上限是", lambda share, target: math.inf if target >= 1 / share else share / _left(share, target)),  # 上限写成了 1/p
+    ("没有上限", lambda share, target: math.inf if share == 1 or _left(share, target) <= 0 else share / _left(share, target)),
+    ("倒过来才是加快的倍数", lambda share, target: math.inf if _left(share, target) <= 0 else _left(share, target) / share),
     ("加快的倍数应是正数", lambda share, target: share / (1 - share - 1 / target)),  # 移项，符号错了
     ("其余的部分没有变快", lambda share, target: target),
-    ("代回式(11.14)", lambda share, target: target / share),
-    ("代回式(11.14)", lambda share, target: 1 + (target - 1) / share),  # 多快的那些都算在它头上
+    ("代回式(11.18)", lambda share, target: target / share),
+    ("代回式(11.18)", lambda share, target: 1 + (target - 1) / share),  # 多快的那些都算在它头上
 )
+
+
+def _as_tensor(value: object) -> object:
+    """一列数也当作张量；别的照原样，由后面的检查去说。"""
+    try:
+        return torch.tensor(value, dtype=torch.float64) if isinstance(value, (list, tuple)) else value
+    except (TypeError, ValueError, RuntimeError):
+        return value
 
 
 @checks("11.4")
@@ -155,14 +180,15 @@ def statistics_of_all_shards(answer: object) -> None:
     """由大小不等的各份的统计，合成整批的均值与方差。"""
     generator = torch.Generator().manual_seed(114)
     for sizes in ([6, 6, 6], [2, 5, 13]):
-        shards = [torch.randn(n, 3, generator=generator, dtype=torch.float64) * (k + 1) + 2 * k for k, n in enumerate(sizes)]
+        shards = [torch.randn(n, 4, generator=generator, dtype=torch.float64) * (k + 1) + 2 * k for k, n in enumerate(sizes)]
         counts = torch.tensor(sizes)
         means = torch.stack([shard.mean(0) for shard in shards])
         variances = torch.stack([shard.var(0, correction=0) for shard in shards])
         got = ask(answer, counts.clone(), means.clone(), variances.clone())
-        if not isinstance(got, (tuple, list)) or len(got) != 2:
+        stacked = isinstance(got, (Tensor, np.ndarray)) and got.ndim == 2  # 叠成一个 [2, C] 也收
+        if not (stacked or isinstance(got, (tuple, list))) or len(got) != 2:
             raise Wrong(f"应返回两个张量 (均值, 方差)，形状各是 [C]，收到 {shown(got)}。")
-        mean, variance = (tensor(value, (3,), "两个张量 (均值, 方差)，形状各是 [C] = [3]") for value in got)
+        mean, variance = (tensor(_as_tensor(value), (4,), "两个张量 (均值, 方差)，形状各是 [C] = [4]") for value in got)
         whole = torch.cat(shards)
         true_mean, true_variance = whole.mean(0), whole.var(0, correction=0)
         share = (counts / counts.sum())[:, None].double()
@@ -170,6 +196,8 @@ def statistics_of_all_shards(answer: object) -> None:
         def near(value: Tensor, truth: Tensor) -> bool:
             return torch.allclose(value, truth, rtol=1e-5, atol=1e-6)
 
+        if near(mean, true_variance) and near(variance, true_mean):
+            raise Wrong("次序反了：先均值，后方差。")
         if near(mean, means.mean(0)) and not near(mean, true_mean):
             raise Wrong(f"各份 {sizes}：均值没有按份的大小加权，小的一份说话太重了。")
         if not near(mean, true_mean):
@@ -178,6 +206,8 @@ def statistics_of_all_shards(answer: object) -> None:
             raise Wrong(f"各份 {sizes}：只平均了份内的方差，漏了份与份之间的散布 (μ_k − μ)²。")
         if near(variance, variances.mean(0) + (means - true_mean).square().mean(0)) and len(set(sizes)) > 1:
             raise Wrong(f"各份 {sizes}：均值加了权，方差的两项也要同样地加权。")
+        if near(variance, true_variance.sqrt()):
+            raise Wrong(f"各份 {sizes}：这是标准差，再平方一次才是方差。")
         if near(variance, whole.var(0)):
             raise Wrong(f"各份 {sizes}：这是除以 n − 1 的方差；批归一化用的是除以 n 的。")
         if not near(variance, true_variance):
@@ -203,6 +233,9 @@ known_wrong(
     ("总和除以总数", _merged(mean=lambda share, means: (share * means).mean(0))),
     ("漏了份与份之间的散布", _merged(variance=lambda share, v, gaps: (share * v).sum(0))),
     ("方差的两项也要同样地加权", _merged(variance=lambda share, v, gaps: (v + gaps**2).mean(0))),
+    ("次序反了", lambda *given: _merged()(*given)[::-1]),
+    ("再平方一次才是方差", lambda *given: (lambda mean, v: (mean, v.sqrt()))(*_merged()(*given))),
+    ("形状各是 [C] = [4]", lambda counts, means, variances: (means.mean(1), variances.mean(1))),  # 维不对
     ("除以 n − 1 的方差", lambda counts, *rest: (lambda mean, v: (mean, v * counts.sum() / (counts.sum() - 1)))(*_merged()(counts, *rest))),
     ("先写出 E[(x − μ)²]", _merged(variance=lambda share, v, gaps: (share * (v.sqrt() + gaps.abs())).sum(0) ** 2)),  # 平均了标准差
     ("先写出 E[(x − μ)²]", _merged(variance=lambda share, v, gaps: (share**2 * (v + gaps**2)).sum(0))),  # 权重平方了
