@@ -134,7 +134,10 @@ def accumulated_gradient(answer: object) -> None:
             asked.append(len(chunk))
             return (chunk[:, :3] @ w - chunk[:, 3]).square().mean()
 
-        got = tensor(ask(answer, loss_of, list(chunks), w), (3,), " w.grad，形状 [3]")
+        result = ask(answer, loss_of, list(chunks), w)
+        if isinstance(result, (list, tuple)) and all(isinstance(each, (int, float)) for each in result):
+            result = torch.tensor(result, dtype=torch.float64)  # 列成数也算
+        got = tensor(result, (3,), " w.grad，形状 [3]")
         where = f"小批 {sizes}："
         each = [2 * c[:, :3].T @ (c[:, :3] @ w.detach() - c[:, 3]) / len(c) for c in chunks]
         plain, last = sum(each), each[-1]
