@@ -151,7 +151,7 @@ def few_unchecked_cells(lesson: Lesson) -> Iterator[str]:
     if len(unchecked) * 10 > len(lesson.cells("code")):
         yield f"{len(lesson.cells('code'))} 个代码单元里有 {len(unchecked)} 个不比较输出，至多十分之一"
     for code_cell in unchecked:
-        if not re.search(r"\bassert\b|\bcompare\(", code_cell.source):
+        if not re.search(r"\bassert\b|\b(compare|holds)\(", code_cell.source):
             yield f"不比较输出的单元里应有 assert：{code_cell.source[:60]!r}"
 
 

@@ -256,9 +256,9 @@ def sections(cells: list) -> Iterator[list[int]]:
 class Hunt:
     """一章的全部改错，逐个试。"""
 
-    def __init__(self, path: Path, limit: float, jobs: int, only: set[int]) -> None:
+    def __init__(self, path: Path, limit: float, jobs: int, only: set[int], reasons: dict[str, str]) -> None:
         self.cells = nbformat.read(path, 4).cells
-        self.limit, self.jobs, self.only, self.path = limit, jobs, only, path
+        self.limit, self.jobs, self.only, self.path, self.reasons = limit, jobs, only, path, reasons
         self.survivors: list[tuple[int, str]] = []
         self.slow: list[tuple[int, str]] = []
         self.tried = 0
@@ -341,6 +341,8 @@ class Hunt:
             print(f"没跑完 [{index}] {what}", flush=True)
         elif os.WEXITSTATUS(status) == 1:
             self.survivors.append((index, what))
+            if what not in self.reasons:
+                print(f"看不见 [{index}] {what}", flush=True)
 
 
 def main(arguments: list[str]) -> int:
@@ -358,17 +360,15 @@ def main(arguments: list[str]) -> int:
                 for what, _ in mutants(cell.source):
                     print(f"[{index}] {what}")
         return 0
-    hunt = Hunt(path, options.limit, options.jobs, set(options.cell))
+    reasons = explained(options.chapter)
+    hunt = Hunt(path, options.limit, options.jobs, set(options.cell), reasons)
     started = time.monotonic()
     hunt.go()
-    reasons = explained(options.chapter)
     unseen = [(index, what) for index, what in hunt.survivors if not reasons.get(what, "").startswith("等价")]
     bare = [(index, what) for index, what in unseen if what not in reasons]
     stale = [] if options.cell else sorted(reasons.keys() - {what for _, what in hunt.survivors + hunt.slow})
     counted = hunt.tried - (len(hunt.survivors) - len(unseen)) - len(hunt.slow)
     rate = 1 - len(unseen) / max(1, counted)
-    for index, what in bare:
-        print(f"看不见 [{index}] {what}")
     for what in stale:
         print(f"道理已经用不着：{what}")
     print(
