@@ -119,7 +119,7 @@ def shortest(variants: list[Recipe], target: float) -> tuple[Recipe, int]:
 def ladder(device: str, usual: Recipe, validation: float) -> list[Rung]:
     """各级。CPU 上时间随图数走，小批用的图最少；GPU 上这么小的模型时间随步数走（核函数的启动，11 章第 10 节），大批用的步数最少。"""
     batch = 16 if device == "cpu" else 128
-    wanted = [replace(usual, name=f"批 {batch}", batch_size=batch, schedule=True, lr=usual.lr * scale) for scale in (0.5, 1.0, 2.0)]
+    wanted = [replace(usual, name=f"批 {batch}", batch_size=batch, lr=usual.lr * scale) for scale in (0.5, 1.0, 2.0)]
     recipe, images = shortest(wanted, validation)
     why = "步数是 4 倍，每步的噪声也大到 4 倍，得失各半：√4" if device == "cpu" else "时间随步数走，同样的图步数减半；多看的图抵去一部分：2 ÷ √2"
     rungs: list[Rung] = [
