@@ -202,7 +202,7 @@ def mutants(source: str) -> list[tuple[str, str]]:
                 what = ast.unparse(node) if not isinstance(node, ast.For) else ast.unparse(node).splitlines()[0]
                 became = ast.unparse(new) if not isinstance(new, ast.For) else "…"
                 where = f"（{_statement(tree, path)[:60]}）" if len(what) + len(became) < 12 else ""  # 太短的说不清是哪一处
-                found.append((f"{kind}：{what[:90]} → {became[:90]}{where}", text))
+                found.append((f"{kind}：{what[:90]} → {became[:90]}{where}".strip(), text))
     return found
 
 
