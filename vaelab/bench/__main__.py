@@ -50,7 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=15, help="每轮的步数（默认 15）")
     parser.add_argument("--largest", type=int, default=6, help="scale 的图片数到 10 的几次方（默认 6；7 要 31 GB 磁盘）")
     parser.add_argument("--folder", help="scale 的大文件放在哪里（默认系统的临时文件夹）")
-    parser.add_argument("--search", action="store_true", help="speedrun 先重做对通常循环的搜索")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="speedrun 连与快慢无关的一半（搜索、定长度、各颗种子）也重做，要二十来分钟；不写就沿用这台机器的记录，只重新量时间",
+    )
     parser.add_argument("--record", action="store_true", help="并进 vaelab/records/ 里这台机器的记录")
     options = parser.parse_args(argv)
     print(f"{machine()}，torch {torch.__version__}，{torch.get_num_threads()} 线程", flush=True)
