@@ -1,19 +1,19 @@
-"""整个一步录成图（vaelab.graph）：这里没有 GPU，就造一张只会记账的图，规矩与 CUDA 图相同：
+"""整个一步录成图（vaelab.graph）：这里没有 GPU，就用一张只会记账的图（tools/other_machine.py），规矩与 CUDA 图相同：
 
 录的时候什么也不算，重放时不经过 Python，只照记下的算子、记下的内存再算一遍。写死在图里的学习率、
 录之后换了地方的张量、漏在图外的噪声，用它都露馅。真的 CUDA 图由最后几条测试在有 GPU 的机器上试。
 """
 
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from conftest import ROOT
 from vaelab import graph, stepper
 from vaelab import train as training
 from vaelab.checkpoint import load_checkpoint
@@ -26,34 +26,11 @@ from vaelab.step import learning_rate
 from vaelab.train import train
 from vanilla_vae import VanillaVAE
 
+sys.path.insert(0, str(ROOT / "tools"))
+from other_machine import RecordingGraph
+
 CONFIG = TrainConfig(epochs=2, batch_size=16, lr=2e-3, kld_weight=1e-3, seed=1, precision="fp32")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="没有 CUDA")
-
-
-class Tape(TorchDispatchMode):
-    """记下每个算子与它的张量；``restore`` 把被改写的张量还原，好像没有算过。"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple] = []
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        kwargs = kwargs or {}
-        for argument, value in zip(op._schema.arguments, args):
-            running = argument.name.startswith("running_")  # native_batch_norm 改写它们，签名里却没有说
-            if running or (argument.alias_info is not None and argument.alias_info.is_write):
-                for each in (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
-                    self.before.setdefault(id(each), (each, each.detach().clone()))
-        out = op(*args, **kwargs)
-        self.calls.append((op, args, kwargs, out))
-        return out
-
-    def restore(self) -> None:
-        for tensor, value in self.before.values():
-            tensor.copy_(value)
 
 
 class RecordedGraph:
@@ -73,26 +50,17 @@ class RecordedGraph:
         return work()
 
     def capture(self, work: Callable[[], Tensor]) -> Tensor:
-        self.tape, drawn = Tape(), self.random.get_state()
-        try:
-            with self.tape:
-                record = work()
-                if self.failure:
-                    raise RuntimeError(self.failure)
-        finally:
-            with torch.no_grad():
-                self.tape.restore()
-            self.random.set_state(drawn)  # 录的时候没有抽数
+        self.graph = RecordingGraph()
+        self.graph.register_generator_state(self.random)
+        with self.graph:
+            record = work()
+            if self.failure:
+                raise RuntimeError(self.failure)
         return record
 
-    @torch.no_grad()
     def replay(self) -> None:
         self.replays += 1
-        for op, args, kwargs, out in self.tape.calls:
-            given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-            for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs))):
-                if isinstance(old, Tensor) and old.untyped_storage().data_ptr() not in given:
-                    old.copy_(new)
+        self.graph.replay()
 
     def recover(self) -> None:
         self.recovered = True

@@ -136,18 +136,44 @@ class _Done:
     wait = wait_stream = synchronize = record
 
 
-class _Graph(TorchDispatchMode):
-    """录下来再照放：照放时用录的那一刻的张量与数，结果写回原来的张量。"""
+class RecordingGraph(TorchDispatchMode):
+    """录下来再照放：录的时候好像什么也没有算，照放时用录的那一刻的张量与数，结果写回原来的张量。"""
 
     def __init__(self) -> None:
         super().__init__()
         self.tape: list = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.generators: list = []
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self.generators.append(generator)
+
+    def __enter__(self):
+        self.drawn = [each.get_state() for each in self.generators]
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for generator, state in zip(self.generators, self.drawn):
+            generator.set_state(state)
+        with torch.no_grad():
+            for tensor, value in self.before.values():
+                tensor.copy_(value)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten._local_scalar_dense.default:  # 要等它算完才有的数
+            raise RuntimeError("operation not permitted when stream is capturing")
+        for argument, value in zip(op._schema.arguments, args):
+            running = argument.name.startswith("running_")  # native_batch_norm 改写它们，签名里却没有说
+            if running or (argument.alias_info is not None and argument.alias_info.is_write):
+                for each in tree_leaves(value):
+                    if isinstance(each, Tensor):
+                        self.before.setdefault(id(each), (each, each.detach().clone()))
         out = op(*args, **(kwargs or {}))
         self.tape.append((op, args, kwargs or {}, out))
         return out
 
+    @torch.no_grad()
     def replay(self) -> None:
         for op, args, kwargs, out in self.tape:
             given = {id(each) for each in tree_leaves((args, kwargs))}
@@ -168,7 +194,7 @@ def fake_gpu(name: str = "Tesla T4", capability: tuple[int, int] = (7, 5)) -> No
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_name": name, "get_device_capability": capability,
         "mem_get_info": (15 * 10**9, 16 * 10**9), "memory_allocated": 0, "max_memory_allocated": 0, "set_device": None,
         "synchronize": None, "empty_cache": None, "reset_peak_memory_stats": None, "manual_seed": None, "manual_seed_all": None,
-        "is_current_stream_capturing": False,
+        "is_current_stream_capturing": False, "memory_reserved": 0, "get_sync_debug_mode": 0, "set_sync_debug_mode": None,
     }  # fmt: skip
     for each, answer in answers.items():
         setattr(cuda, each, lambda *_, answer=answer, **__: answer)
@@ -177,7 +203,7 @@ def fake_gpu(name: str = "Tesla T4", capability: tuple[int, int] = (7, 5)) -> No
     cuda.current_stream = cuda.default_stream = _Done
     cuda.Stream = cuda.Event = _Done
     cuda.stream = lambda *_: nullcontext()
-    cuda.CUDAGraph, cuda.graph = _Graph, lambda graph, **_: graph
+    cuda.CUDAGraph, cuda.graph = RecordingGraph, lambda graph, **_: graph
     for check in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
         if hasattr(torch.optim.Optimizer, check):  # 各版本名字不同；它要问真的驱动
             setattr(torch.optim.Optimizer, check, lambda self: None)
