@@ -172,7 +172,7 @@ def bf16_speedup() -> float:
     return fastest[torch.float32] / fastest[torch.bfloat16]
 
 
-def _choose_compile(compile: str, device: torch.device, total_steps: int, long_enough: bool, before: bool | None = None) -> tuple[bool, str]:
+def _choose_compile(compile: str, device: torch.device, total_steps: int, long_enough: bool = False, before: bool | None = None) -> tuple[bool, str]:
     if compile == "off":
         return False, "不编译（你指定的）"
     why = "你指定的"
