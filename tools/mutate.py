@@ -46,11 +46,13 @@ TWINS = {
     "amax", "sin": "cos", "cos": "sin", "argmax": "argmin", "argmin": "argmax", "cumsum": "cumprod", "floor": "ceil", "ceil": "floor",
     "logsumexp": "sum", "tanh": "sigmoid",
 }  # fmt: skip
-UNORDERED = {  # 前两个参数对调没有意义，或照样对
+PLOTS = {"plot", "semilogx", "semilogy", "loglog", "bar", "barh", "scatter", "errorbar", "fill_between"}
+UNORDERED = PLOTS | {  # 前两个参数对调没有意义，或照样对，或由 compare、holds 自己拦住
     "linspace", "logspace", "arange", "rand", "randn", "zeros", "ones", "full", "view", "reshape", "repeat", "open", "max", "min", "maximum",
-    "minimum", "plot", "semilogx", "semilogy", "loglog", "bar", "barh", "scatter", "errorbar", "fill_between", "allclose", "equal", "mse_loss",
-    "Sequential",
+    "minimum", "allclose", "equal", "mse_loss", "Sequential", "range", "compare", "holds", "getattr", "zip", "isinstance", "Path",
 }  # fmt: skip
+LIBRARIES = ("torch", "F", "math")
+REDUCTIONS = {"mean", "sum", "std", "var", "flatten", "softmax", "cumsum", "logsumexp", "amax"}  # 末一个参数是维
 DROPPED = {"detach", "abs", "exp", "sqrt", "square", "flip", "relu", "log", "cumsum", "T", "mT", "neg", "softmax", "sigmoid"}
 
 
@@ -99,85 +101,81 @@ def _put(tree: ast.AST, path: tuple, new: ast.AST) -> None:
         getattr(parent, name)[index] = new
 
 
-def _const(value: float) -> ast.Constant:
-    return ast.Constant(value)
-
-
 def _other_axis(axis: int) -> int:
     return {0: 1, 1: 0, -1: 0}.get(axis, axis - 1)
 
 
 def slips(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[str, ast.AST]]:
     """在 ``node`` 处会犯的错：(是什么错, 换成的节点)。"""
-    if isinstance(node, ast.BinOp) and not (_number(node.left) and _number(node.right)):
-        left, op, right = node.left, node.op, node.right
-        if (
-            isinstance(op, (ast.Add, ast.Sub))
-            and not isinstance(left, (ast.List, ast.JoinedStr))
-            and not isinstance(right, (ast.List, ast.JoinedStr))
-        ):
-            if not (isinstance(left, ast.Constant) and isinstance(left.value, str)):
-                yield "正负号", ast.BinOp(left, ast.Sub() if isinstance(op, ast.Add) else ast.Add(), right)
-                yield "漏掉右边一项", left
-                yield "漏掉左边一项", right if isinstance(op, ast.Add) else ast.UnaryOp(ast.USub(), right)
-        if isinstance(op, (ast.Mult, ast.Div, ast.MatMult)) and not isinstance(left, (ast.List, ast.Constant)) | isinstance(right, ast.List):
-            yield "漏掉右边的因子", left
-        if isinstance(op, ast.Mult) and not isinstance(right, (ast.List, ast.Tuple)) and not isinstance(left, (ast.List, ast.Tuple)):
-            yield "漏掉左边的因子", right
-        if isinstance(op, ast.Pow):
-            yield "漏掉乘方", left
+    if isinstance(node, ast.BinOp) and not _literal(node):
+        yield from _operator_slips(node)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not _number(node.operand):
         yield "漏掉负号", node.operand
-    literal = isinstance(parent, ast.BinOp) and _number(parent.left) and _number(parent.right)
-    if _number(node) and isinstance(parent, ast.BinOp) and isinstance(parent.op, (ast.Mult, ast.Div)) and not literal:
-        yield "系数大一倍", _const(node.value * 2)
-    if _number(node) and isinstance(parent, ast.BinOp) and isinstance(parent.op, (ast.Add, ast.Sub)) and not literal:
-        yield "常数差一", _const(node.value + 1)
-    if _number(node) and isinstance(parent, (ast.Subscript, ast.Slice)) and isinstance(node.value, int):
-        yield "下标差一", _const(node.value + 1)
+    if _number(node):
+        yield from _number_slips(node, parent)
     if isinstance(node, ast.keyword) and node.arg in ("dim", "axis", "correction") and _number(node.value):
-        yield "维（或修正）不对", ast.keyword(node.arg, _const(_other_axis(node.value.value)))
-    if isinstance(node, ast.Call):
-        name = _name(node.func)
-        if name in TWINS and isinstance(node.func, ast.Attribute):
-            yield f"{name} 当成 {TWINS[name]}", ast.Call(ast.Attribute(node.func.value, TWINS[name], ast.Load()), node.args, node.keywords)
-        if name in DROPPED and isinstance(node.func, ast.Attribute):
-            inner = (
-                node.args[0]
-                if isinstance(node.func.value, ast.Name) and node.func.value.id in ("torch", "F", "math") and node.args
-                else node.func.value
-            )
-            if not (isinstance(inner, ast.Name) and inner.id in ("torch", "F", "math")):
-                yield f"漏掉 {name}", inner
-        if name == "range" and len(node.args) == 1:
-            yield "循环一次不走", ast.Call(node.func, [_const(0)], [])
-        if (
-            len(node.args) >= 2
-            and not any(isinstance(each, ast.Starred) for each in node.args[:2])
-            and name not in ("range", "compare", "holds", "getattr", "zip", "isinstance", "Path")
-        ):
-            if name not in UNORDERED and not all(isinstance(each, ast.Constant) for each in node.args[:2]):
-                yield "前两个参数对调", ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
-        if name in ("mean", "sum", "std", "var", "flatten", "softmax", "cumsum", "logsumexp", "amax") and node.args and _number(node.args[-1]):
-            yield "维不对", ast.Call(node.func, [*node.args[:-1], _const(_other_axis(node.args[-1].value))], node.keywords)
-    if isinstance(node, (ast.For, ast.comprehension)) and not isinstance(node.iter, (ast.Constant,)):
+        yield "维（或修正）不对", ast.keyword(node.arg, ast.Constant(_other_axis(node.value.value)))
+    if isinstance(node, ast.For) and not isinstance(node.iter, ast.Constant):
         empty = copy.copy(node)
-        empty.iter = ast.Subscript(ast.Call(ast.Name("list", ast.Load()), [node.iter], []), ast.Slice(None, _const(0)), ast.Load())
-        if isinstance(node, ast.For):
-            yield "循环一次不走", empty
-    if isinstance(node, ast.Call) and _name(node.func) in (
-        "plot",
-        "semilogx",
-        "semilogy",
-        "loglog",
-        "bar",
-        "scatter",
-        "errorbar",
-        "fill_between",
-        "barh",
-    ):
-        if len(node.args) >= 2 and not isinstance(node.args[1], (ast.Constant, ast.Starred)):
-            yield "画的数差一倍", ast.Call(node.func, [node.args[0], ast.BinOp(node.args[1], ast.Mult(), _const(2)), *node.args[2:]], node.keywords)
+        empty.iter = ast.Subscript(ast.Call(ast.Name("list", ast.Load()), [node.iter], []), ast.Slice(None, ast.Constant(0)), ast.Load())
+        yield "循环一次不走", empty
+    if isinstance(node, ast.Call):
+        yield from _call_slips(node, _name(node.func))
+
+
+def _literal(node: ast.AST | None) -> bool:
+    """两个数写成的算式，如 ``1 / 4``：当作一个数，不在里面改。"""
+    return isinstance(node, ast.BinOp) and _number(node.left) and _number(node.right)
+
+
+def _operator_slips(node: ast.BinOp) -> Iterator[tuple[str, ast.AST]]:
+    left, op, right = node.left, node.op, node.right
+    joined = any(isinstance(side, (ast.List, ast.JoinedStr)) for side in (left, right)) or (
+        isinstance(left, ast.Constant) and isinstance(left.value, str)
+    )  # 列表、字符串相接，不是加法
+    if isinstance(op, (ast.Add, ast.Sub)) and not joined:
+        yield "正负号", ast.BinOp(left, ast.Sub() if isinstance(op, ast.Add) else ast.Add(), right)
+        yield "漏掉右边一项", left
+        yield "漏掉左边一项", right if isinstance(op, ast.Add) else ast.UnaryOp(ast.USub(), right)
+    if isinstance(op, (ast.Mult, ast.Div, ast.MatMult)) and not isinstance(left, (ast.List, ast.Constant)) and not isinstance(right, ast.List):
+        yield "漏掉右边的因子", left
+    if isinstance(op, ast.Mult) and not any(isinstance(side, (ast.List, ast.Tuple)) for side in (left, right)):
+        yield "漏掉左边的因子", right
+    if isinstance(op, ast.Pow):
+        yield "漏掉乘方", left
+
+
+def _number_slips(node: ast.Constant, parent: ast.AST | None) -> Iterator[tuple[str, ast.AST]]:
+    if isinstance(parent, ast.BinOp) and not _literal(parent):
+        if isinstance(parent.op, (ast.Mult, ast.Div)):
+            yield "系数大一倍", ast.Constant(node.value * 2)
+        if isinstance(parent.op, (ast.Add, ast.Sub)):
+            yield "常数差一", ast.Constant(node.value + 1)
+    if isinstance(parent, (ast.Subscript, ast.Slice)) and isinstance(node.value, int):
+        yield "下标差一", ast.Constant(node.value + 1)
+
+
+def _call_slips(node: ast.Call, name: str) -> Iterator[tuple[str, ast.AST]]:
+    func, args, first_two = node.func, node.args, node.args[:2]
+
+    def call(*changed: ast.expr) -> ast.Call:
+        return ast.Call(func, list(changed), node.keywords)
+
+    if name in TWINS and isinstance(func, ast.Attribute):
+        yield f"{name} 当成 {TWINS[name]}", ast.Call(ast.Attribute(func.value, TWINS[name], ast.Load()), args, node.keywords)
+    if name in DROPPED and isinstance(func, ast.Attribute):
+        of_library = isinstance(func.value, ast.Name) and func.value.id in LIBRARIES
+        if args or not of_library:
+            yield f"漏掉 {name}", args[0] if of_library else func.value
+    if name == "range" and len(args) == 1:
+        yield "循环一次不走", ast.Call(func, [ast.Constant(0)], [])
+    if len(first_two) == 2 and name not in UNORDERED and not any(isinstance(each, ast.Starred) for each in first_two):
+        if not all(isinstance(each, ast.Constant) for each in first_two):
+            yield "前两个参数对调", call(args[1], args[0], *args[2:])
+    if name in REDUCTIONS and args and _number(args[-1]):
+        yield "维不对", call(*args[:-1], ast.Constant(_other_axis(args[-1].value)))
+    if name in PLOTS and len(args) >= 2 and not isinstance(args[1], (ast.Constant, ast.Starred)):
+        yield "画的数差一倍", call(args[0], ast.BinOp(args[1], ast.Mult(), ast.Constant(2)), *args[2:])
 
 
 def mutants(source: str) -> list[tuple[str, str]]:
@@ -206,6 +204,12 @@ def mutants(source: str) -> list[tuple[str, str]]:
     return found
 
 
+def cell_mutants(cell: nbformat.NotebookNode, index: int, only: set[int]) -> list[tuple[str, str]]:
+    """第 ``index`` 格的全部改错；文字、准备单元、不在 ``only`` 里的（空的就是都要）没有。"""
+    skipped = cell.cell_type != "code" or cell.source.startswith("# @title") or (only and index not in only)
+    return [] if skipped else mutants(cell.source)
+
+
 def _statement(tree: ast.AST, path: tuple) -> str:
     """``path`` 所在的那一句，写成一行。"""
     inside = [_at(tree, path[:length]) for length in range(len(path) + 1)]
@@ -221,7 +225,7 @@ class Kernel:
         from IPython.core.interactiveshell import InteractiveShell
 
         torch.set_num_threads(1)
-        self.set_num_threads, torch.set_num_threads = torch.set_num_threads, lambda count: None  # fork 之后，多线程的算子会停住
+        torch.set_num_threads = lambda count: None  # fork 之后，多线程的算子会停住
         InteractiveShell.colors = "nocolor"
         self.shell = InteractiveShell.instance()
 
@@ -277,16 +281,12 @@ class Hunt:
     def go(self) -> None:
         kernel, self.usual = Kernel(), {}
         os.chdir(self.path.parent)
-        order = list(sections(self.cells))
         children: dict[int, tuple[int, str, float]] = {}
-        # 先量出原来就有的 ✗：有的单元就是演示错误的
-        for section in order:
+        for section in sections(self.cells):
             for place, index in enumerate(section):
                 cell = self.cells[index]
-                pending = [] if self.only and index not in self.only else mutants(cell.source)
-                if cell.source.startswith("# @title"):
-                    pending = []
-                # 本节余下的单元原来印的 ✗，先在一个子进程里量出来
+                pending = cell_mutants(cell, index, self.only)
+                # 本节余下的单元原来印的 ✗（有的单元就是演示错误的），先在一个子进程里量出来
                 if pending and any(k not in self.usual for k in section[place:]):
                     self.usual |= self._measure(kernel, section[place:])
                 for what, text in pending:
@@ -323,7 +323,7 @@ class Hunt:
         return {int(index): set(lines) for index, lines in found.items()}
 
     def _reap(self, children: dict[int, tuple[int, str, float]]) -> None:
-        """等一个子进程结束；超时的杀掉，算没有结论。"""
+        """等一个子进程结束；超时的杀掉，没有结论。"""
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid:
@@ -336,7 +336,7 @@ class Hunt:
         if pid not in children:
             return
         index, what, _ = children.pop(pid)
-        if os.WIFSIGNALED(status):
+        if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) > 1:  # 超时，或者工具自己出错：没有结论，不算看得见
             self.slow.append((index, what))
             print(f"没跑完 [{index}] {what}", flush=True)
         elif os.WEXITSTATUS(status) == 1:
@@ -356,9 +356,8 @@ def main(arguments: list[str]) -> int:
     (path,) = (ROOT / "notebooks").glob(f"{options.chapter}_*.ipynb")
     if options.list:
         for index, cell in enumerate(nbformat.read(path, 4).cells):
-            if cell.cell_type == "code" and (not options.cell or index in options.cell) and not cell.source.startswith("# @title"):
-                for what, _ in mutants(cell.source):
-                    print(f"[{index}] {what}")
+            for what, _ in cell_mutants(cell, index, set(options.cell)):
+                print(f"[{index}] {what}")
         return 0
     reasons = explained(options.chapter)
     hunt = Hunt(path, options.limit, options.jobs, set(options.cell), reasons)
