@@ -52,7 +52,7 @@ def clear_errors(run: Run, world: World, too_large: Callable[[bool], str | None]
                 what = too_large(True)
             raise TrainingError((what or "内存装不下这一批；请减小 --batch-size。") + saved) from error
         reason = re.sub(r"^\[\S*\] *", "", str(error).splitlines()[0])[:120] if str(error) else type(error).__name__  # 去掉 gloo 的源码位置
-        if re.search(r"\b(CUDA|HIP|cuDNN|CUBLAS|MPS)\w* .*(error|fail|STATUS)|(CUDA|HIP|MPS)\w* error|device-side", reason, re.I):
+        if re.search(r"\b(CUDA|HIP|cuDNN|CUBLAS|MPS)\w* .*(error|fail|STATUS)|device-side", reason, re.I):
             raise TrainingError(
                 f"第 {run.step + 1} 步时 GPU 出了错（{reason}）：这个进程里的 GPU 不能再用，请重新启动；"
                 f"若总在同一步出错，请加 --device cpu 再试，多半会指出是哪里。{saved}"
