@@ -10,9 +10,8 @@ import torch
 
 from conftest import ROOT
 from vaelab.bench import speedrun
-from vaelab.bench.auto import times_faster
 from vaelab.bench.contest import Contest, ratio
-from vaelab.bench.recipes import CHANGES, Cost, Recipe, steps_of
+from vaelab.bench.recipes import CHANGES, Cost, Recipe, steps_of, times_faster
 from vaelab.bench.speedrun import final, timed, without_test
 from vaelab.data import load
 from vaelab.records import read_records, write_record

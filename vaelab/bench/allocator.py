@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from vaelab.bench.contest import Contest, ratio, say
-from vaelab.bench.recipes import BATCH, FULL, Recipe, train_on_faces
+from vaelab.bench.recipes import BATCH, FULL, USUAL, Recipe, train_on_faces
 
 
 def _count_pages(recipe: Recipe, steps: int) -> Iterator[dict]:
@@ -25,8 +25,7 @@ def _count_pages(recipe: Recipe, steps: int) -> Iterator[dict]:
 
 def bench_allocator(rounds: int, steps: int = 4) -> dict:
     """留住释放的内存：缺页与内核态的时间，Amdahl 定律的预言，与交错量出的比值（glibc 的 Linux）。"""
-    usual = Recipe("通常", usual=True, keep_memory=False, schedule=False, lr=1e-3)
-    jobs = {"usual": (_count_pages, usual, steps), "kept": (_count_pages, replace(usual, keep_memory=True), steps)}
+    jobs = {"usual": (_count_pages, USUAL, steps), "kept": (_count_pages, replace(USUAL, keep_memory=True), steps)}
     with Contest(jobs) as contest:
         seconds = contest.race(rounds, steps=1, warmup=1)
         pages = {name: contest.go(name)[1] for name in jobs}

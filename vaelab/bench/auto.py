@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from vaelab.bench.recipes import FULL, MEASURED_ON, Cost, Recipe, measure
+from dataclasses import replace
+
+from vaelab.bench.recipes import FULL, MEASURED_ON, USUAL, Recipe, measure, times_faster
 from vaelab.config import MODEL_DEFAULTS, TrainConfig
 from vaelab.data import load
 from vaelab.plan import make_plan
@@ -18,11 +20,6 @@ MODELS = {"默认的模型": MODEL_DEFAULTS, "公开的模型": FULL}
 BATCHES = {"cpu": (16, 64), "cuda": (64, 512)}
 
 
-def times_faster(costs: dict[str, Cost], kind: str, steps: int) -> float:
-    """走 ``steps`` 步，通常的循环用的时间是 ``kind`` 的几倍。"""
-    return costs["usual"].total(steps) / costs[kind].total(steps)
-
-
 def bench_auto(rounds: int) -> dict:
     """一张表：每种模型、批大小、步数，通常的循环用的时间是 ``auto`` 的几倍；小于 1 就是 ``auto`` 反而慢。"""
     data = load("faces", image_size=64, count=MEASURED_ON)
@@ -30,9 +27,8 @@ def bench_auto(rounds: int) -> dict:
     print("| 模型 | 批 | " + " | ".join(f"{steps} 步" for steps in LENGTHS) + " |\n|" + "---|" * (len(LENGTHS) + 2), flush=True)
     for model, model_args in MODELS.items():
         for batch_size in BATCHES.get(pick_device().type, BATCHES["cpu"]):
-            usual = Recipe("通常", usual=True, keep_memory=False, schedule=False, lr=1e-3, batch_size=batch_size)
             ours = {kind: Recipe(kind, schedule=False, lr=1e-3, batch_size=batch_size, compile=kind) for kind in ("off", "on")}
-            costs = measure({"usual": usual, **ours}, model_args, rounds)
+            costs = measure({"usual": replace(USUAL, batch_size=batch_size), **ours}, model_args, rounds)
             config = TrainConfig(batch_size=batch_size)
             chosen = ["on" if make_plan(data, config, total_steps=steps).compile else "off" for steps in LENGTHS]
             ratios = [round(times_faster(costs, kind, steps), 2) for steps, kind in zip(LENGTHS, chosen)]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from vaelab.bench.contest import wait_for_device
-from vaelab.bench.recipes import BATCH, FULL, Recipe, train_to_the_end
+from vaelab.bench.recipes import BATCH, FULL, USUAL, train_to_the_end
 from vaelab.config import TrainConfig
 from vaelab.data import load
 from vaelab.images import ImageSet
 from vaelab.plan import Plan, make_plan
 from vaelab.processes import pick_device
+from vaelab.step import Objective
 from vaelab.train import train
 from vanilla_vae import VanillaVAE
 
@@ -25,9 +27,8 @@ def bench_epoch(count: int) -> dict:
     """编译之后用 ``vaelab.train.train`` 走两轮，取第二轮的速度，与下限相比；再让通常的循环照同样的配方看同样多的图，比测试 ELBO。"""
     data = load("faces", image_size=64, count=count * 10 // 9 + 10, progress=False)
     device = pick_device()
-    own = Recipe("通常", usual=True, keep_memory=False, schedule=False, lr=1e-3)
-    usual = train_to_the_end(own, data, FULL, 2 * len(data.train) // BATCH)
-    print(f"通常的循环用它自己的配方（批 {BATCH}、学习率 {own.lr:g} 不变、权重 {own.kld_weight:g}），两轮之后测试 ELBO {usual:.1f}", flush=True)
+    usual = train_to_the_end(USUAL, data, FULL, 2 * len(data.train) // BATCH)
+    print(f"通常的循环用它自己的配方（批 {BATCH}、学习率 {USUAL.lr:g} 不变、权重 {USUAL.kld_weight:g}），两轮之后测试 ELBO {usual:.1f}", flush=True)
     rows = [_one(data, device, batch_size) for batch_size in ((256, 512, 1024) if device.type == "cuda" else (BATCH,))]
     return {"images": len(data.train), "usual_elbo": round(usual, 1), "rows": rows}
 
@@ -40,7 +41,7 @@ def _one(data: ImageSet, device: torch.device, batch_size: int) -> dict:
     plan = make_plan(data, config, model, compile="on", total_steps=total)
     print(plan.why(), flush=True)
     last = train(model, data, config, compile="on", progress=False)[-1]
-    same = Recipe("通常", usual=True, keep_memory=False, lr=config.lr, kld_weight=config.kld_weight, batch_size=batch_size)
+    same = replace(USUAL, schedule=True, lr=config.lr, kld_weight=config.kld_weight, batch_size=batch_size)
     elbo = {"usual": round(train_to_the_end(same, data, FULL, total), 1), "ours": round(last["test_elbo"], 1)}
     speed, floor = last["images_per_s"], floor_per_image(plan, model)
     row = {"batch_size": batch_size, "compiled": plan.compile, "precision": plan.precision, "images_per_s": speed}
@@ -106,6 +107,5 @@ def _copy_bandwidth(device: torch.device) -> float:
 def _matmul_peak(device: torch.device, precision: str) -> float:
     """方阵相乘的速度，FLOP/秒，与训练同一精度。"""
     side = 8192 if device.type == "cuda" else 1024
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    square = torch.ones(side, side, dtype=dtype, device=device)
+    square = torch.ones(side, side, dtype=Objective.AUTOCAST.get(precision, torch.float32), device=device)
     return 2 * side**3 / _best(lambda: square @ square)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vaelab.bench.contest import Contest, ratio, say
-from vaelab.bench.recipes import BATCH, FULL, Recipe, measure, repeats, train_on_faces
+from vaelab.bench.recipes import BATCH, FULL, USUAL, Recipe, measure, repeats, times_faster, train_on_faces
 from vaelab.config import TrainConfig
 
 DEFAULT_STEPS = TrainConfig().epochs * (9000 // BATCH)  # 默认的一次训练，一万张脸
@@ -13,7 +13,7 @@ TIMES = (2.0, 3.0)
 def bench_loop(rounds: int, steps: int) -> dict:
     """训练循环的比值，不编译与编译各一份；连准备在内，默认长度的训练快几倍，从多少步起到两倍、三倍。"""
     recipes = {
-        "usual": Recipe("通常", usual=True, keep_memory=False, schedule=False, lr=1e-3),
+        "usual": USUAL,
         "ours": Recipe("本项目", schedule=False, lr=1e-3),
         "compiled": Recipe("本项目，编译", schedule=False, lr=1e-3, compile="on"),
     }
@@ -27,14 +27,10 @@ def bench_loop(rounds: int, steps: int) -> dict:
         key = "ratio" if kind == "ours" else "compiled_ratio"
         result[key] = ratio(costs["usual"].steps, costs[kind].steps)
         say(what, result[key])
-        whole = costs["usual"].total(DEFAULT_STEPS) / costs[kind].total(DEFAULT_STEPS)
+        whole, setup = times_faster(costs, kind, DEFAULT_STEPS), costs[kind].setup_in_steps(costs["usual"])
         reached = {f"{times:g}": costs[kind].steps_to_be(times, costs["usual"]) for times in TIMES}
-        result[f"{kind}_setup"] = {
-            "usual_steps": round(costs[kind].setup / min(costs["usual"].steps), 1),
-            "default_run": round(whole, 2),
-            "from_steps": reached,
-        }
-        print(f"  准备抵得通常的 {result[f'{kind}_setup']['usual_steps']} 步；{DEFAULT_STEPS} 步连准备在内 {whole:.2f} 倍；", end="")
+        result[f"{kind}_setup"] = {"usual_steps": setup, "default_run": round(whole, 2), "from_steps": reached}
+        print(f"  准备抵得通常的 {setup} 步；{DEFAULT_STEPS} 步连准备在内 {whole:.2f} 倍；", end="")
         print("，".join(f"{times} 倍从 {start} 步起" if start else f"{times} 倍到不了" for times, start in reached.items()), flush=True)
     print(f"训练 {total * BATCH} 张之后的测试 ELBO（nat/图）：通常 {elbo['usual']}，本项目 {elbo['ours']}，编译 {elbo['compiled']}", flush=True)
     return result

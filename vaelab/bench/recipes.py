@@ -70,10 +70,13 @@ class Recipe:
     seed: int = 0
 
 
+USUAL = Recipe("通常", usual=True, keep_memory=False, schedule=False, lr=1e-3)  # 通常的循环，用多数教程的学习率
+
+
 def steps_of(recipe: Recipe, data: ImageSet, model_args: dict, total: int, every: int = 0) -> Iterator[float | None]:
     """照 ``recipe`` 训练 ``total`` 步：每走一步交出一次控制，之后每次交出测试 ELBO。
 
-    ``every`` 不是 0，就每走这么多步评价一次，那一步交出测试 ELBO，其余的步交出 None。
+    ``every`` 不是 0，半路就每走这么多步评价一次，那一步交出测试 ELBO，其余的步交出 None。
     """
     device = pick_device()
     if recipe.keep_memory and device.type == "cpu":
@@ -81,7 +84,7 @@ def steps_of(recipe: Recipe, data: ImageSet, model_args: dict, total: int, every
     torch.manual_seed(recipe.seed)
     model = VanillaVAE(data.train.shape[1], image_size=data.train.shape[2], **model_args).to(device)
     for done, _ in enumerate((_usual_steps if recipe.usual else _our_steps)(model, recipe, data, device, total), 1):
-        if every and done % every == 0:
+        if every and done % every == 0 and done < total:  # 最后一步之后的评价在下面
             yield evaluate(model, data.test).elbo
             model.train()
         else:
@@ -120,11 +123,12 @@ def _usual_steps(model: VanillaVAE, recipe: Recipe, data: ImageSet, device: torc
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
-        if "later" not in changed:
+        if "later" in changed:
+            if pending:
+                pending()
+            pending = fetch_later(losses["loss"].detach().clone())
+        else:
             losses["loss"].item()
-        elif pending:
-            pending()
-        pending = fetch_later(losses["loss"].detach().clone())
         yield
 
 
@@ -201,6 +205,15 @@ class Cost(NamedTuple):
         gained = statistics.median(usual.steps) - times * statistics.median(self.steps)
         owed = times * self.setup - usual.setup
         return max(1, 1 + math.ceil(owed / gained)) if gained > 0 else None
+
+    def setup_in_steps(self, usual: Cost) -> float:
+        """准备的时间抵得 ``usual`` 的几步。"""
+        return round(self.setup / statistics.median(usual.steps), 1)
+
+
+def times_faster(costs: dict[str, Cost], kind: str, steps: int) -> float:
+    """走 ``steps`` 步，``usual`` 用的时间是 ``kind`` 的几倍，准备计入。"""
+    return costs["usual"].total(steps) / costs[kind].total(steps)
 
 
 def repeats() -> int:

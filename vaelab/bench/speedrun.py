@@ -22,7 +22,7 @@ from itertools import islice, product
 import torch
 
 from vaelab.bench.contest import Contest, ratio
-from vaelab.bench.recipes import BATCH, CHANGES, Cost, Recipe, measure, steps_of
+from vaelab.bench.recipes import BATCH, CHANGES, USUAL, Cost, Recipe, measure, steps_of
 from vaelab.config import MODEL_DEFAULTS
 from vaelab.data import load
 from vaelab.images import ImageSet
@@ -35,7 +35,7 @@ SEEDS = (0, 1, 2)
 SEARCH = tuple(product((1e-3, 3e-3, 1e-2), (2.5e-4, 2.5e-5, 2.5e-6), (False, True)))  # 学习率，权重，升降
 LENGTHS = (0.25, 1 / 3, 0.42, 0.5, 0.6, 0.75, 1.0)  # 改动配方的级试这些长度，占 IMAGES 的比例
 Curve = list[tuple[int, float]]  # (看过几张图, ELBO)
-Rung = tuple[str, Recipe, int, float, str]  # 名字、做法、看几张图、预测比上一级快几倍、理由
+Rung = tuple[Recipe, int, float, str]  # 做法、看几张图、预测比上一级快几倍、理由
 
 
 def without_test(data: ImageSet) -> ImageSet:
@@ -52,8 +52,7 @@ def curve(recipe: Recipe, images: int, validate: bool) -> Iterator[Curve]:
     total, batch = images // recipe.batch_size, recipe.batch_size
     walk = steps_of(recipe, data, MODEL_DEFAULTS, total, every=0 if validate else max(1, EVERY // batch))
     found = [(done * batch, elbo) for done, elbo in enumerate(islice(walk, total), 1) if elbo is not None]
-    last = next(walk)
-    yield found if found and found[-1][0] == total * batch else [*found, (total * batch, float(last or 0.0))]
+    yield [*found, (total * batch, float(next(walk)))]  # type: ignore[arg-type]
 
 
 def curves(jobs: list[tuple[Recipe, int]], validate: bool) -> list[Curve]:
@@ -84,8 +83,7 @@ def final(found: list[Curve]) -> tuple[float, float]:
 
 def search_usual() -> tuple[Recipe, float, list[dict]]:
     """为通常的循环找学习率、权重与安排；返回最好的做法、它在几颗种子上的验证 ELBO，与试过的各组。"""
-    usual = Recipe("通常的循环", usual=True, keep_memory=False, batch_size=BATCH)
-    recipes = [replace(usual, lr=lr, kld_weight=weight, schedule=schedule) for lr, weight, schedule in SEARCH]
+    recipes = [replace(USUAL, name="通常的循环", lr=lr, kld_weight=weight, schedule=schedule) for lr, weight, schedule in SEARCH]
     found = [each[-1][1] for each in curves([(recipe, IMAGES) for recipe in recipes], validate=True)]
     tried = [
         {"lr": lr, "kld_weight": weight, "schedule": schedule, "validation_elbo": round(elbo, 1)}
@@ -104,8 +102,10 @@ def _seeds(recipe: Recipe, images: int, validate: bool) -> list[Curve]:
 
 def shortest(variants: list[Recipe], target: float) -> tuple[Recipe, int]:
     """在验证集上：哪一个变体学得快，它至少要看几张图才够得着 ``target``；长度折半地找，都不够就用最长的。"""
-    tried = curves([(each, IMAGES // 2) for each in variants], validate=True) if len(variants) > 1 else [[(0, 0.0)]]
-    best = max(zip(tried, variants), key=lambda pair: pair[0][-1][1])[1]
+    best = variants[0]
+    if len(variants) > 1:
+        ends = [tried[-1][1] for tried in curves([(each, IMAGES // 2) for each in variants], validate=True)]
+        best = variants[ends.index(max(ends))]
     low, high = 0, len(LENGTHS) - 1
     while low < high:
         middle = (low + high) // 2
@@ -122,17 +122,14 @@ def ladder(device: str, usual: Recipe, validation: float) -> list[Rung]:
     wanted = [replace(usual, name=f"批 {batch}", batch_size=batch, lr=usual.lr * scale) for scale in (0.5, 1.0, 2.0)]
     recipe, images = shortest(wanted, validation)
     why = "步数是 4 倍，每步的噪声也大到 4 倍，得失各半：√4" if device == "cpu" else "时间随步数走，同样的图步数减半；多看的图抵去一部分：2 ÷ √2"
-    rungs: list[Rung] = [
-        (usual.name, usual, IMAGES, 1.0, ""),
-        (recipe.name, recipe, images, 2.0 if device == "cpu" else 1.4, why),
-    ]
+    rungs: list[Rung] = [(usual, IMAGES, 1.0, ""), (recipe, images, 2.0 if device == "cpu" else 1.4, why)]
     recipe, images = shortest([replace(recipe, name="σ² 取最优", kld_weight="optimal")], validation)
-    rungs.append((recipe.name, recipe, images, 1.0, "固定的权重已是搜索里最好的一个，σ² 自己会走到那附近，不指望再快"))
+    rungs.append((recipe, images, 1.0, "固定的权重已是搜索里最好的一个，σ² 自己会走到那附近，不指望再快"))
 
     def add(name: str, predicted: float, why: str, **changes: object) -> None:
         nonlocal recipe
         recipe = replace(recipe, name=name, **changes)  # type: ignore[arg-type]
-        rungs.append((name, recipe, images, predicted, why))
+        rungs.append((recipe, images, predicted, why))
 
     reasons = {
         "channels_last": (1.25, "库内部不必换排；换排至多占搬运的一半，取 1 与 1.5 之间"),
@@ -159,16 +156,16 @@ def quality(device: str) -> dict:
     """与快慢无关的一半：搜索，各级的做法与长度，各颗种子到达目标时看过几张图。"""
     usual, validation, tried = search_usual()
     rungs = ladder(device, usual, validation)
-    flat = curves([(replace(recipe, seed=seed), images) for _, recipe, images, _, _ in rungs for seed in SEEDS], validate=False)
+    flat = curves([(replace(recipe, seed=seed), images) for recipe, images, _, _ in rungs for seed in SEEDS], validate=False)
     found = [flat[k : k + len(SEEDS)] for k in range(0, len(flat), len(SEEDS))]  # 一起交出去，相同的才只跑一次
     target, spread = final(found[0])
     rows = []
-    for (name, recipe, images, predicted, why), each in zip(rungs, found):
+    for (recipe, images, predicted, why), each in zip(rungs, found):
         reached = [next((seen for seen, elbo in one if elbo >= target), None) for one in each]
         mean, deviation = final(each)
-        row = {"name": name, "predicted": predicted, "why": why, "recipe": asdict(recipe), "planned": images}
+        row = {"name": recipe.name, "predicted": predicted, "why": why, "recipe": asdict(recipe), "planned": images}
         rows.append({**row, "images": [IMAGES] * len(SEEDS) if not rows else reached, "elbo": round(mean, 1), "elbo_sd": round(deviation, 1)})
-        print(f"{name}：测试 ELBO {mean:.1f} ± {deviation:.1f}，到达目标时看过 {reached} 张", flush=True)
+        print(f"{recipe.name}：测试 ELBO {mean:.1f} ± {deviation:.1f}，到达目标时看过 {reached} 张", flush=True)
     return {"images": IMAGES, "seeds": len(SEEDS), "search": tried, "target_elbo": round(target, 1), "target_sd": round(spread, 1), "ladder": rows}
 
 
@@ -176,7 +173,7 @@ def timed(row: dict, cost: Cost, usual: Cost, budget: int) -> dict:
     """把时间添进一级：每秒图数、准备、共快几倍与区间；有一颗种子没有到达，就没有快几倍可言。"""
     batch = row["recipe"]["batch_size"]
     each = ratio(usual.steps, [second * BATCH / batch for second in cost.steps])  # 每张图
-    row = {**row, "throughput": each, "setup": round(cost.setup / statistics.median(usual.steps), 1)}
+    row = {**row, "throughput": each, "setup": cost.setup_in_steps(usual)}
     if None in row["images"]:
         return {**row, "speedup": None, "low": None, "high": None}
     times = [usual.total(budget // BATCH, kth) / cost.total(images // batch, kth) for images in row["images"] for kth in range(len(cost.steps))]
