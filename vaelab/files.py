@@ -1,16 +1,23 @@
-"""写文件：写全了才就位。"""
+"""写文件：写全了才就位；占住一个文件夹：同一时刻只有一个进程往里写。"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"
+_held: dict[Path, int] = {}  # 这个进程占着的文件夹 → 占它的线程
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """``write(file)`` 写二进制文件：写在旁边、落盘、改名就位；中途死掉，原来的文件不受影响。"""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -19,3 +26,32 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def hold(folder: Path | None) -> Iterator[None]:
+    """占住 ``folder``（没有就建），离开时放手；进程死了，系统替它放手。同一线程里可以套着用；None 什么也不做。
+
+    Raises:
+        BlockingIOError: 另一个训练正占着它。
+        OSError: 建不了，或不能写。
+    """
+    if folder is None or _held.get(folder.resolve()) == threading.get_ident():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(f"{folder} 正被另一个训练占着；请用 --out 换一个文件夹，或等它结束。") from None
+    except FileExistsError as error:
+        raise NotADirectoryError(f"结果文件夹应是文件夹，{folder} 或它的上级是一个文件；请用 --out 换一个位置。") from error
+    except OSError as error:
+        raise OSError(f"结果文件夹 {folder} 不能写（{error.strerror or error}）；请检查权限与磁盘空间，或用 --out 换一个位置。") from error
+    _held[folder.resolve()] = threading.get_ident()
+    try:
+        yield
+    finally:
+        del _held[folder.resolve()]
+        lock.release()
