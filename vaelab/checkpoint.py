@@ -41,9 +41,10 @@ class Run:
         path: Path | None,
         steps_per_epoch: int,
         extra: dict,
+        digest: str | None = None,
     ) -> None:
         self.model, self.optimizer, self.scaler, self.config = model, optimizer, scaler, config
-        self.ran_on, self.path, self.steps_per_epoch, self.extra = ran_on, path, steps_per_epoch, extra
+        self.ran_on, self.path, self.steps_per_epoch, self.extra, self.digest = ran_on, path, steps_per_epoch, extra, digest
         self.step, self.saved_step, self.sums = 0, 0, dict.fromkeys(LOSSES, 0.0)
         self.history: list[dict] = []
         self.last: list[float] | None = None  # 最近取回的一步
@@ -99,6 +100,7 @@ class Run:
             "optimizer": self._moments(),
             "config": asdict(self.config),
             "extra": self.extra,
+            "data": self.digest,
             "steps_per_epoch": self.steps_per_epoch,
             "step": self.step,
             "sums": self.sums,
@@ -122,17 +124,21 @@ class Run:
         state = self.optimizer.state_dict()
         return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict, other_data: bool = False) -> None:
+        """从检查点接着走；模型、数据、批大小、训练哪些参数都须与那时相同。``other_data`` 允许数据不同，从最近走完的一轮接着。"""
         if state["model_args"] != model_args(self.model):
             raise ValueError(
                 f"检查点里的模型是 {state['model_args']}，这次给的是 {model_args(self.model)}；"
                 "续训须用同样的结构，请改回原来的参数，或换一个 --out 重新训练。"
             )
         old, done = state["config"], state["step"] / state["steps_per_epoch"]
-        if state["steps_per_epoch"] != self.steps_per_epoch or old["batch_size"] != self.config.batch_size:
+        if old["batch_size"] != self.config.batch_size:
+            raise ValueError(f"检查点的批大小是 {old['batch_size']}，这次是 {self.config.batch_size}；续训须用同样的批大小，请改回原来的参数。")
+        changed = state["steps_per_epoch"] != self.steps_per_epoch or None not in (state.get("data"), self.digest) and state["data"] != self.digest
+        if changed and not other_data:
             raise ValueError(
-                f"检查点每轮 {state['steps_per_epoch']} 步、批大小 {old['batch_size']}，这次是 {self.steps_per_epoch} 步、"
-                f"{self.config.batch_size}；续训须用同样的数据与批大小，请改回原来的参数。"
+                f"续训须用同样的数据，这次的图片与检查点记着的不同（每轮 {state['steps_per_epoch']} 步，这次 {self.steps_per_epoch} 步）；"
+                "请把原来的图片放回去，或加 --other-data（other_data=True）坚持用这一批，或换一个 --out 从头训练。"
             )
         if done >= self.config.epochs:
             raise ValueError(
@@ -149,7 +155,11 @@ class Run:
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if "scaler" in state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.history, self.sums = state["step"], state["history"], dict(state["sums"])
+        self.step, self.history = state["step"], state["history"]
+        if changed:
+            self.step = int(done) * self.steps_per_epoch
+        else:
+            self.sums = dict(state["sums"])
 
 
 def model_args(model: VanillaVAE) -> dict:

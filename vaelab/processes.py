@@ -51,7 +51,7 @@ class World:
             raise SystemExit(1)
         return answer[0]
 
-    def agree(self, value: str, what: str) -> None:
+    def agree(self, value: str | None, what: str) -> None:
         """各进程的 ``value`` 须相同。
 
         Raises:
@@ -59,10 +59,12 @@ class World:
         """
         if self.size == 1:
             return
-        values: list[str] = [""] * self.size
+        values: list = [None] * self.size
         dist.all_gather_object(values, value)
         if others := [rank for rank, each in enumerate(values) if each != values[0]]:
-            raise ValueError(f"各进程的{what}应相同，第 {others[0]} 个进程是 {values[others[0]]}，第 0 个是 {values[0]}；请让每台机器上的一样，再重新启动。")
+            raise ValueError(
+                f"各进程的{what}应相同，第 {others[0]} 个进程是 {values[others[0]]}，第 0 个是 {values[0]}；请让每台机器上的一样，再重新启动。"
+            )
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from vaelab.checkpoint import Run, load_checkpoint
 from vaelab.config import TrainConfig
 from vaelab.evaluate import evaluate
+from vaelab.files import hold
 from vaelab.images import ImageSet
 from vaelab.interrupts import clear_errors, stop_on_signal
 from vaelab.plan import make_plan
@@ -42,6 +43,7 @@ def train(
     data_on: str = "auto",
     sync_batch_norm: bool = True,
     resume: bool = False,
+    other_data: bool = False,
     extra: dict | None = None,
     progress: bool = True,
 ) -> list[dict]:
@@ -60,6 +62,7 @@ def train(
         device, compile, cuda_graphs, data_on: 怎样跑，见 :func:`vaelab.plan.make_plan`。
         sync_batch_norm: 几个进程时，批归一化是否在整批上统计；关掉就各算各的，快一点，数不再与一个进程相同。
         resume: 从 ``out`` 里的检查点接着训练，直到 ``config.epochs`` 轮；进程数可以与原来不同。
+        other_data: 续训时，数据与检查点记着的不同也坚持走下去。
         extra: 一并存进检查点的设置（字典，只含数、字符串与列表），例如数据从哪里来。
         progress: 是否显示进度条，并先用一行说明这样跑的理由。
 
@@ -67,6 +70,7 @@ def train(
         每一轮一行的历史，列见 ``history.csv``。
 
     Raises:
+        BlockingIOError: 另一个训练正占着 ``out``。
         TrainingError: 损失不再是有限的数，检查点存不下，内存装不下一批，或与别的进程失去联系。
         ValueError: 设置与数据、与检查点不相符，或设备做不到所要求的。
     """
@@ -75,6 +79,8 @@ def train(
     world, place = current_world(), pick_device(device)
     steps_per_epoch = config.steps_per_epoch(len(data.train), world.size)
     total_steps = config.epochs * steps_per_epoch
+    digest = data.digest() if out or world.size > 1 else None
+    world.agree(digest, "数据的摘要")
     saved = world.from_first(lambda: load_checkpoint(out)) if resume and out else None
     plan = make_plan(
         data, config, model, device=place, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on,
@@ -85,11 +91,11 @@ def train(
     if show:
         print(plan.why(), flush=True)
 
-    with Stepper(model, data, config, plan, world, sync_batch_norm=sync_batch_norm) as stepper:
-        path = None if out is None or world.rank else Path(out)
-        run = Run(model, stepper.optimizer, stepper.scaler, config, plan.ran_on, path, steps_per_epoch, extra or {})
+    path = None if out is None or world.rank else Path(out)
+    with hold(path), Stepper(model, data, config, plan, world, sync_batch_norm=sync_batch_norm) as stepper:
+        run = Run(model, stepper.optimizer, stepper.scaler, config, plan.ran_on, path, steps_per_epoch, extra or {}, digest)
         if saved:
-            run.restore(saved)
+            run.restore(saved, other_data)
         else:
             run.save()  # 从第一步之前起，任何时刻被杀都有可载入的检查点
         images_total, images_done = (n * config.batch_size for n in (total_steps, run.step))
