@@ -71,14 +71,18 @@ def epochs_within(minutes: float | None, seconds: float, config: TrainConfig, da
     epoch = seconds * (per_epoch + 0.6 * len(data.test) / config.batch_size)
     fitting = max(1, int(60 * (minutes or MINUTES.get(device.type, 2.0)) / epoch))
     epochs = fitting if minutes else min(fitting, MOST_EPOCHS)
-    limit = f"{60 * (minutes or MINUTES.get(device.type, 2.0)):.0f} 秒里走得完这么多" if epochs == fitting else f"{MOST_EPOCHS} 轮为限，再多只是背下来"
+    limit = (
+        f"{60 * (minutes or MINUTES.get(device.type, 2.0)):.0f} 秒里走得完这么多" if epochs == fitting else f"{MOST_EPOCHS} 轮为限，再多只是背下来"
+    )
     return epochs, f"{limit}：量得每步 {1000 * seconds:.3g} 毫秒，共约 {duration(epochs * epoch)}"
 
 
 def why(given: dict, model: VanillaVAE, config: TrainConfig) -> str:
     """没有指明而定下的几样，各自的理由。"""
     parts = {
-        "image_size": f"边长 {model.image_size}（CPU 上先求几分钟里看得出样子；--image-size 64 更清楚，每步约四倍时间）" if model.image_size == 32 else "",
+        "image_size": f"边长 {model.image_size}（CPU 上先求几分钟里看得出样子；--image-size 64 更清楚，每步约四倍时间）"
+        if model.image_size == 32
+        else "",
         "latent_dim": f"隐变量 {model.latent_dim} 维（照片要的维数比画出来的脸多；用不上的维，KL 自己归零）",
         "hidden_dims": f"各级通道 {list(model.hidden_dims)}（最深一级的特征图 {model.bottom}×{model.bottom}）",
         "kld_weight": "KL 权重 optimal（σ² 取这一批的 MSE，与边长、通道数无关）",

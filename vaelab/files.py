@@ -1,9 +1,10 @@
-"""写文件：写全了才就位；占住一个文件夹：同一时刻只有一个进程往里写。"""
+"""写文件：写全了才就位；占住一个文件夹：同一时刻只有一个进程往里写；文件的名字怎样给人看。"""
 
 from __future__ import annotations
 
 import os
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,14 +45,26 @@ def hold(folder: Path | None) -> Iterator[None]:
         lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
-        raise BlockingIOError(f"{folder} 正被另一个训练占着；请用 --out 换一个文件夹，或等它结束。") from None
+        raise BlockingIOError(f"{shown(folder)} 正被另一个训练占着；请用 --out 换一个文件夹，或等它结束。") from None
     except FileExistsError as error:
-        raise NotADirectoryError(f"结果文件夹应是文件夹，{folder} 或它的上级是一个文件；请用 --out 换一个位置。") from error
+        raise NotADirectoryError(f"结果文件夹应是文件夹，{shown(folder)} 或它的上级是一个文件；请用 --out 换一个位置。") from error
     except OSError as error:
-        raise OSError(f"结果文件夹 {folder} 不能写（{error.strerror or error}）；请检查权限与磁盘空间，或用 --out 换一个位置。") from error
+        raise OSError(f"结果文件夹 {shown(folder)} 不能写（{error.strerror or error}）；请检查权限与磁盘空间，或用 --out 换一个位置。") from error
     _held[folder.resolve()] = threading.get_ident()
     try:
         yield
     finally:
         del _held[folder.resolve()]
         lock.release()
+
+
+def shown(name: str | os.PathLike) -> str:
+    """来自文件系统的名字，给人看的样子：换行、控制符、双向控制符、不合法的 UTF-8 都写成转义，不会弄乱屏幕。"""
+
+    def escaped(character: str) -> str:
+        if "\udc80" <= character <= "\udcff":  # Python 用它代表不合法的 UTF-8 里的一个字节
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        return character.encode("unicode_escape").decode()
+
+    # isprintable 把各种空白都算作不可见；全角空格（Zs）在中文文件名里常见，不必转义
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else escaped(c) for c in os.fspath(name))
