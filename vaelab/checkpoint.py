@@ -137,7 +137,7 @@ class Run:
         changed = state["steps_per_epoch"] != self.steps_per_epoch or None not in (state.get("data"), self.digest) and state["data"] != self.digest
         if changed and not other_data:
             raise ValueError(
-                f"续训须用同样的数据，这次的图片与检查点记着的不同（每轮 {state['steps_per_epoch']} 步，这次 {self.steps_per_epoch} 步）；"
+                f"续训须用同样的数据，这次的图片与检查点记着的不同（那时每轮 {state['steps_per_epoch']} 步，这次 {self.steps_per_epoch} 步）；"
                 "请把原来的图片放回去，或加 --other-data（other_data=True）坚持用这一批，或换一个 --out 从头训练。"
             )
         if done >= self.config.epochs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+
 import torch
 
 from vaelab.config import MODEL_DEFAULTS, TrainConfig

@@ -51,7 +51,7 @@ class World:
             raise SystemExit(1)
         return answer[0]
 
-    def agree(self, value: str | None, what: str) -> None:
+    def agree(self, value: str, what: str) -> None:
         """各进程的 ``value`` 须相同。
 
         Raises:
@@ -59,7 +59,7 @@ class World:
         """
         if self.size == 1:
             return
-        values: list = [None] * self.size
+        values = [""] * self.size
         dist.all_gather_object(values, value)
         if others := [rank for rank, each in enumerate(values) if each != values[0]]:
             raise ValueError(

@@ -80,7 +80,7 @@ def train(
     steps_per_epoch = config.steps_per_epoch(len(data.train), world.size)
     total_steps = config.epochs * steps_per_epoch
     digest = data.digest() if out or world.size > 1 else None
-    world.agree(digest, "数据的摘要")
+    world.agree(f"{len(data.train)} 张训练图、{len(data.test)} 张测试图，摘要 {digest}", "数据")
     saved = world.from_first(lambda: load_checkpoint(out)) if resume and out else None
     plan = make_plan(
         data, config, model, device=place, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on,
