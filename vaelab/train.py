@@ -72,7 +72,7 @@ def train(
     Raises:
         BlockingIOError: 另一个训练正占着 ``out``。
         TrainingError: 损失不再是有限的数，检查点存不下，内存装不下一批，或与别的进程失去联系。
-        ValueError: 设置与数据、与检查点不相符，或设备做不到所要求的。
+        ValueError: 设置与数据、与检查点不相符，``out`` 里已有检查点而不续训，或设备做不到所要求的。
     """
     if resume and not out:
         raise ValueError("resume=True 时应给出 out，即检查点所在的文件夹；请补上，或去掉 resume 从头训练。")
@@ -92,12 +92,12 @@ def train(
         print(plan.why(), flush=True)
 
     path = None if out is None or world.rank else Path(out)
-    with hold(path), Stepper(model, data, config, plan, world, sync_batch_norm=sync_batch_norm) as stepper:
+    with Stepper(model, data, config, plan, world, sync_batch_norm=sync_batch_norm) as stepper, hold(path):
         run = Run(model, stepper.optimizer, stepper.scaler, config, plan.ran_on, path, steps_per_epoch, extra or {}, digest)
         if saved:
             run.restore(saved, other_data)
         else:
-            run.save()  # 从第一步之前起，任何时刻被杀都有可载入的检查点
+            run.start()
         images_total, images_done = (n * config.batch_size for n in (total_steps, run.step))
         bar = tqdm(total=images_total, initial=images_done, unit="图", unit_scale=True, smoothing=0.1, disable=not show)
         with bar, stop_on_signal() as stop_asked, clear_errors(run, world, stepper.too_large):
