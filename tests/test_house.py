@@ -13,7 +13,7 @@ from vaelab.exercises.judging import all_checks
 # 由低到高：只可以引用排在前面的
 ORDER = [
     "_type", "vanilla_vae",
-    "config", "files", "images", "faces", "pictures", "data", "processes", "evaluate", "checkpoint",
+    "config", "files", "images", "faces", "decode", "cache", "pictures", "data", "processes", "evaluate", "checkpoint",
     "step", "memory", "graph", "plan", "transfer", "stepper", "interrupts", "train",
     "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "arguments", "choose", "runs", "using", "cli",
 ]  # fmt: skip
