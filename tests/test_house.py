@@ -14,8 +14,8 @@ from vaelab.exercises.judging import all_checks
 ORDER = [
     "_type", "vanilla_vae",
     "config", "files", "images", "faces", "decode", "cache", "pictures", "data", "processes", "evaluate", "checkpoint",
-    "step", "memory", "graph", "plan", "transfer", "stepper", "interrupts", "train",
-    "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "arguments", "choose", "runs", "using", "cli",
+    "step", "memory", "graph", "plan", "transfer", "stepper", "interrupts", "watch", "train",
+    "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "parser", "arguments", "choose", "runs", "using", "cli",
 ]  # fmt: skip
 FREE = {"prepare", "growing", "jupyter"}  # 笔记与 Jupyter 用的，谁也不引用它们，它们也不引用别的房间
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,12 +21,13 @@ from vaelab.config import TrainConfig
 from vaelab.evaluate import evaluate
 from vaelab.files import hold
 from vaelab.images import ImageSet
-from vaelab.interrupts import clear_errors, stop_on_signal
+from vaelab.interrupts import Stop, clear_errors, stop_on_signal
 from vaelab.plan import make_plan
 from vaelab.processes import current_world, pick_device
 from vaelab.step import learning_rate
 from vaelab.stepper import Stepper
 from vaelab.transfer import fetch_later
+from vaelab.watch import look
 from vanilla_vae import VanillaVAE
 
 
@@ -49,7 +49,8 @@ def train(
 ) -> list[dict]:
     """训练 ``model``（就地改动），每一轮之后在测试集上评价，并存下检查点。
 
-    按 Ctrl-C（或收到 SIGTERM）会在当前这一步之后停下：存一份精确到步的检查点，``resume=True`` 从那里接着走。
+    按 Ctrl-C（或收到 SIGTERM）会在当前这一步之后停下：存一份精确到步的检查点，``resume=True`` 从那里接着走；
+    存好之后，信号照常交给调用者：Ctrl-C 是 KeyboardInterrupt，SIGTERM 默认结束进程。
     在 :func:`vaelab.processes.join` 之内调用，几个进程就一起训练：各算每一批的一份，梯度取平均，只有第 0 个进程写文件。
     不论怎样结束，模型都在 eval 模式，各参数的 ``requires_grad`` 与所在的设备同给来时一样；冻结的参数不训练，
     批归一化的运行统计量照常更新。
@@ -71,8 +72,9 @@ def train(
 
     Raises:
         BlockingIOError: 另一个训练正占着 ``out``。
-        TrainingError: 损失不再是有限的数，检查点存不下，内存装不下一批，或与别的进程失去联系。
+        TrainingError: 损失不再是有限的数，或大得荒唐（见 :func:`vaelab.watch.look`），检查点存不下，内存装不下一批，或与别的进程失去联系。
         ValueError: 设置与数据、与检查点不相符，``out`` 里已有检查点而不续训，或设备做不到所要求的。
+        KeyboardInterrupt: 按了 Ctrl-C；进度已经存好。
     """
     if resume and not out:
         raise ValueError("resume=True 时应给出 out，即检查点所在的文件夹；请补上，或去掉 resume 从头训练。")
@@ -100,15 +102,17 @@ def train(
             run.start()
         images_total, images_done = (n * config.batch_size for n in (total_steps, run.step))
         bar = tqdm(total=images_total, initial=images_done, unit="图", unit_scale=True, smoothing=0.1, disable=not show)
-        with bar, stop_on_signal() as stop_asked, clear_errors(run, world, stepper.too_large):
+        with stop_on_signal(run, show) as stop_asked, bar, clear_errors(run, world, stepper.too_large):
             stop = False
             while run.step < total_steps and not stop:
                 stop = _epoch(stepper, run, total_steps, stop_asked, bar)
                 run.save()
+            if stop:
+                stop_asked.by_any()
     return run.history
 
 
-def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Callable[[], bool], bar: tqdm) -> bool:
+def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Stop, bar: tqdm) -> bool:
     """走一轮（续训时从断处走到轮末），走完就评价；返回是否要停下。"""
     config, world, data = stepper.config, stepper.world, stepper.data
     epoch, done = divmod(run.step, run.steps_per_epoch)
@@ -131,5 +135,8 @@ def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Callable[[]
         seconds = time.perf_counter() - started
         if world.rank == 0:
             data.require_whole()
-            run.finish_epoch(evaluate(stepper.model, data.test, seed=config.seed), (run.step - first) * config.batch_size / seconds, seconds)
+            test = evaluate(stepper.model, data.test, seed=config.seed)
+            if (note := look(test, config, epoch + 1, run.history[-1]["test_mse"] if run.history else None)) and not bar.disable:
+                bar.write(note)
+            run.finish_epoch(test, (run.step - first) * config.batch_size / seconds, seconds)
     return stop
