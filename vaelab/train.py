@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from vaelab.checkpoint import Run, load_checkpoint
+from vaelab.checkpoint import Run, checkpoint_file, load_checkpoint
 from vaelab.config import TrainConfig
 from vaelab.evaluate import evaluate
 from vaelab.images import ImageSet
@@ -25,6 +25,7 @@ from vaelab.interrupts import clear_errors, stop_on_signal
 from vaelab.plan import make_plan
 from vaelab.processes import current_world, pick_device
 from vaelab.step import learning_rate
+from vaelab.steplog import StepLog, whole_number
 from vaelab.stepper import Stepper
 from vaelab.transfer import fetch_later
 from vanilla_vae import VanillaVAE
@@ -41,8 +42,11 @@ def train(
     cuda_graphs: str = "auto",
     data_on: str = "auto",
     sync_batch_norm: bool = True,
-    resume: bool = False,
+    resume: bool | str | os.PathLike = False,
     extra: dict | None = None,
+    keep: int = 0,
+    log_every: int = 0,
+    tensorboard: bool = False,
     progress: bool = True,
 ) -> list[dict]:
     """训练 ``model``（就地改动），每一轮之后在测试集上评价，并存下检查点。
@@ -56,11 +60,13 @@ def train(
         model: 图像大小、通道数须与 ``data`` 相符。
         data: 训练与测试图像。
         config: 训练的设置。
-        out: 存放 ``checkpoint.pt`` 与 ``history.csv`` 的文件夹；None 则什么也不存。
+        out: 存放 ``checkpoint.pt``（最后一份）、``best.pt``（测试 ELBO 最高的一份）与 ``history.csv`` 的文件夹；None 则什么也不存。
         device, compile, cuda_graphs, data_on: 怎样跑，见 :func:`vaelab.plan.make_plan`。
         sync_batch_norm: 几个进程时，批归一化是否在整批上统计；关掉就各算各的，快一点，数不再与一个进程相同。
-        resume: 从 ``out`` 里的检查点接着训练，直到 ``config.epochs`` 轮；进程数可以与原来不同。
+        resume: 从 ``out`` 里最后的检查点，或指明的一个检查点文件接着训练，直到 ``config.epochs`` 轮；进程数可以与原来不同。
         extra: 一并存进检查点的设置（字典，只含数、字符串与列表），例如数据从哪里来。
+        keep: 另外保留最近几份更早的检查点，``checkpoint-步数.pt``。
+        log_every, tensorboard: 每一步的记录，见 :class:`vaelab.steplog.StepLog`。
         progress: 是否显示进度条，并先用一行说明这样跑的理由。
 
     Returns:
@@ -75,7 +81,10 @@ def train(
     world, place = current_world(), pick_device(device)
     steps_per_epoch = config.steps_per_epoch(len(data.train), world.size)
     total_steps = config.epochs * steps_per_epoch
-    saved = world.from_first(lambda: load_checkpoint(out)) if resume and out else None
+    path = None if out is None or world.rank else Path(out)
+    log, keep = StepLog(path, log_every, tensorboard), whole_number("keep", keep)
+    source = checkpoint_file(out if resume is True else resume) if resume and out else None
+    saved = world.from_first(lambda: load_checkpoint(source)) if source else None
     plan = make_plan(
         data, config, model, device=place, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on,
         total_steps=total_steps, before=(saved or {}).get("ran_on"),
@@ -86,10 +95,9 @@ def train(
         print(plan.why(), flush=True)
 
     with Stepper(model, data, config, plan, world, sync_batch_norm=sync_batch_norm) as stepper:
-        path = None if out is None or world.rank else Path(out)
-        run = Run(model, stepper.optimizer, stepper.scaler, config, plan.ran_on, path, steps_per_epoch, extra or {})
+        run = Run(model, stepper.optimizer, stepper.scaler, config, plan.ran_on, path, steps_per_epoch, extra or {}, log, keep)
         if saved:
-            run.restore(saved)
+            run.restore(saved, source)
         else:
             run.save()  # 从第一步之前起，任何时刻被杀都有可载入的检查点
         images_total, images_done = (n * config.batch_size for n in (total_steps, run.step))
@@ -110,11 +118,12 @@ def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Callable[[]
     started, first, pending, stop = time.perf_counter(), run.step, None, False
     stepper.model.train()
     for images in stepper.feed(epoch, skip=done):
-        record = stepper(images, run.step, learning_rate(run.step, total_steps, config.lr))
+        lr = learning_rate(run.step, total_steps, config.lr)
+        record = stepper(images, run.step, lr)
         run.step += 1
         # 看的是上一步：等它的几个数时，这一步已经在设备上排着，设备不会闲下来。
         stop = run.read(pending) or (world.size == 1 and stop_asked())
-        pending = (run.step, fetch_later(world.mean(record, stop_asked())))
+        pending = (run.step, lr, fetch_later(world.mean(record, stop_asked())))
         bar.update(config.batch_size)
         if stop:
             break
