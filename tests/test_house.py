@@ -15,7 +15,8 @@ ORDER = [
     "_type", "vanilla_vae",
     "config", "files", "images", "faces", "pictures", "data", "processes", "evaluate", "steplog", "checkpoint",
     "step", "memory", "graph", "plan", "transfer", "stepper", "interrupts", "train",
-    "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "prior", "export", "arguments", "runs", "using", "cli",
+    "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "prior", "export",
+    "arguments", "choose", "runs", "using", "cli",
 ]  # fmt: skip
 FREE = {"prepare", "growing", "jupyter"}  # 笔记与 Jupyter 用的，谁也不引用它们，它们也不引用别的房间
 

@@ -46,11 +46,12 @@ class Run:
         path: Path | None,
         steps_per_epoch: int,
         extra: dict,
+        digest: str | None = None,
         log: StepLog | None = None,
         keep: int = 0,
     ) -> None:
         self.model, self.optimizer, self.scaler, self.config = model, optimizer, scaler, config
-        self.ran_on, self.path, self.steps_per_epoch, self.extra = ran_on, path, steps_per_epoch, extra
+        self.ran_on, self.path, self.steps_per_epoch, self.extra, self.digest = ran_on, path, steps_per_epoch, extra, digest
         self.log, self.keep = log or StepLog(None), keep
         self.step, self.saved_step, self.sums = 0, 0, dict.fromkeys(LOSSES, 0.0)
         self.history: list[dict] = []
@@ -114,6 +115,7 @@ class Run:
             "optimizer": self._moments(),
             "config": asdict(self.config),
             "extra": self.extra,
+            "data": self.digest,
             "steps_per_epoch": self.steps_per_epoch,
             "step": self.step,
             "sums": self.sums,
@@ -152,11 +154,10 @@ class Run:
         state = self.optimizer.state_dict()
         return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
 
-    def restore(self, state: dict, source: Path | None = None) -> None:
-        """从 ``state`` 接着走；``source`` 是它的文件，若不是这里的 ``checkpoint.pt``，就先回到它。
+    def restore(self, state: dict, other_data: bool = False, source: Path | None = None) -> None:
+        """从检查点接着走；模型、数据、批大小、训练哪些参数都须与那时相同。
 
-        Raises:
-            ValueError: 与这次的模型、数据、设置接不上。
+        ``other_data`` 允许数据不同，从最近走完的一轮接着。``source`` 是检查点的文件，若不是这里的 ``checkpoint.pt``，就先回到它。
         """
         if state["model_args"] != model_args(self.model):
             raise ValueError(
@@ -164,10 +165,13 @@ class Run:
                 "续训须用同样的结构，请改回原来的参数，或换一个 --out 重新训练。"
             )
         old, done = state["config"], state["step"] / state["steps_per_epoch"]
-        if state["steps_per_epoch"] != self.steps_per_epoch or old["batch_size"] != self.config.batch_size:
+        if old["batch_size"] != self.config.batch_size:
+            raise ValueError(f"检查点的批大小是 {old['batch_size']}，这次是 {self.config.batch_size}；续训须用同样的批大小，请改回原来的参数。")
+        changed = state["steps_per_epoch"] != self.steps_per_epoch or None not in (state.get("data"), self.digest) and state["data"] != self.digest
+        if changed and not other_data:
             raise ValueError(
-                f"检查点每轮 {state['steps_per_epoch']} 步、批大小 {old['batch_size']}，这次是 {self.steps_per_epoch} 步、"
-                f"{self.config.batch_size}；续训须用同样的数据与批大小，请改回原来的参数。"
+                f"续训须用同样的数据，这次的图片与检查点记着的不同（那时每轮 {state['steps_per_epoch']} 步，这次 {self.steps_per_epoch} 步）；"
+                "请把原来的图片放回去，或加 --other-data（other_data=True）坚持用这一批，或换一个 --out 从头训练。"
             )
         if done >= self.config.epochs:
             raise ValueError(
@@ -184,7 +188,11 @@ class Run:
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if "scaler" in state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.history, self.sums = state["step"], state["history"], dict(state["sums"])
+        self.step, self.history = state["step"], state["history"]
+        if changed:
+            self.step = int(done) * self.steps_per_epoch
+        else:
+            self.sums = dict(state["sums"])
         self.saved_step = self.step
         if self.path is not None:
             with self._writing():

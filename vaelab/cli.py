@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from contextlib import ExitStack
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from vaelab import using
+from vaelab import choose, using
 from vaelab.arguments import build_parser
 from vaelab.config import MODEL_DEFAULTS, TrainConfig, TrainingError
+from vaelab.data import NAMES
 from vaelab.evaluate import Evaluation, evaluate
+from vaelab.files import shown
 from vaelab.images import ImageSet
 from vaelab.processes import World, join, pick_device
-from vaelab.runs import DATA_DEFAULTS, choose_out, load_data
+from vaelab.runs import DATA_DEFAULTS, claim, command, load_data
 from vaelab.train import train
 from vanilla_vae import VanillaVAE
 
@@ -49,74 +53,115 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    with join(options.device, getattr(options, "join_timeout", 300.0)) as world:
-        return _train_together(options, world)
-
-
-def _train_together(options: argparse.Namespace, world: World) -> int:
-    """训练；几个进程时都走这里，由第 0 个说话、写文件、画图。"""
     given = vars(options)
-    say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
-    out, saved = world.from_first(lambda: choose_out(given))
-    extra = {**DATA_DEFAULTS, **(saved["extra"] if saved else {})}
-    extra.update({name: given[name] for name in extra if name in given})
-    if saved and extra != saved["extra"]:
-        changed = "、".join(f"{k} {saved['extra'][k]!r} → {extra[k]!r}" for k in extra if extra[k] != saved["extra"][k] and k != "root")
-        if changed:
-            raise ValueError(f"续训须用同样的数据，这次改了 {changed}；请去掉这些参数，或不加 --resume 另起一次训练。")
-    config = _merged_config(given, saved, say)
+    with join(options.device, given.get("join_timeout", 300.0)) as world, ExitStack() as stack:
+        out, saved = world.from_first(lambda: stack.enter_context(claim(given)))
+        return _train_in(out, saved, options, world)
 
-    say(f"数据：{extra['data']}")
+
+def _train_in(out: Path, saved: dict | None, options: argparse.Namespace, world: World) -> int:
+    """在占住的文件夹里训练；几个进程时都走这里，由第 0 个说话、写文件、画图。"""
+    given, device = vars(options), pick_device(options.device)
+    say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
+    extra = _where_from(given, saved, device)
+    source = extra["data"]
+    shape = {"in_channels": extra["channels"] or 3, "image_size": extra["image_size"]}
+    named = {name: given[name] for name in MODEL_DEFAULTS if name in given}
+    wanted = {**(saved["model_args"] if saved else {**shape, **choose.model_defaults(source, shape["image_size"])}), **named}
+    with torch.device("meta"):
+        VanillaVAE(**wanted)  # 结构不对，解码之前就说
+    _config(given, saved, {})
+
+    say(f"数据：{shown(source)}")
     with world.first_goes_first():  # 下载与解码只由一个进程做，其余用它的结果
         data = load_data(extra, given.get("download", False), say)
-    model_args = saved["model_args"] if saved else {
-        "in_channels": data.train.shape[1],
-        "image_size": data.train.shape[2],
-        **{name: given.get(name, default) for name, default in MODEL_DEFAULTS.items()},
-    }  # fmt: skip
-    if saved:
-        model_args = {**model_args, **{name: given[name] for name in MODEL_DEFAULTS if name in given}}
+    config = _config(given, saved, choose.config_defaults(source, len(data.train)))
     torch.manual_seed(config.seed)
-    model = VanillaVAE(**model_args).to(pick_device(options.device))
-    count = sum(parameter.numel() for parameter in model.parameters())
-    say(
-        f"训练 {len(data.train)} 张，测试 {len(data.test)} 张，{list(data.train.shape[1:])}\n"
-        f"模型：{count:,} 个参数，隐变量 {model.latent_dim} 维，各级通道 {list(model.hidden_dims)}\n"
-        f"批大小 {config.batch_size}{f'（{world.size} 个进程均分）' * (world.size > 1)}，KL 权重 {config.kld_weight}，结果在 {out}{os.sep}"
-    )
+    model = VanillaVAE(**{**wanted, **({} if saved else {"in_channels": data.train.shape[1]})}).to(device)
     how = {name: given[name] for name in ("compile", "cuda_graphs", "data_on") if name in given}
-    how["sync_batch_norm"] = not given.get("local_batch_norm", False)
-    history = train(model, data, config, out, device=options.device, resume=saved is not None, extra=extra, **how)
+    config, why = _with_epochs(config, model, data, given, saved, device, world, how)
+    _say_settings(say, model, data, config, why, source, saved, given, out, world)
+
+    history = train(
+        model, data, config, out, device=options.device, resume=saved is not None, extra=extra,
+        sync_batch_norm=not given.get("local_batch_norm", False), other_data=given.get("other_data", False), **how,
+    )  # fmt: skip
     if world.rank:
         return 0
-    finished = bool(history) and history[-1]["epoch"] == config.epochs
-    if not finished:
-        print(f"已停下，进度存好了；接着训练：python vanilla_vae.py train --resume --out {out}")
+    if not history or history[-1]["epoch"] != config.epochs:
+        print(f"已停下，进度存好了；接着训练：{command('train', '--resume', '--out', out)}")
     result = evaluate(model, data.test, seed=config.seed)
     print(result.summary())
     _draw_results(model, data, history, result, out)
     names = "reconstructions.png（原图与重建）、samples.png（先验样本）、kl.png（逐维 KL）"
     names += "、history.png（曲线）" if history else ""
-    print(f"图在 {out.resolve()}：{names}")
+    print(f"图在 {shown(out.resolve())}：{names}")
     print(
         "接下来可以试：\n"
-        f"  python vanilla_vae.py sample {out} --num 100 --seed 1   再抽一些新的图\n"
-        f"  python vanilla_vae.py interpolate {out} --second {min(5, len(data.test) - 1)}          看一张变成另一张\n"
-        f"  python vanilla_vae.py train --resume --out {out} --epochs {config.epochs * 2}   训练得更久\n"
+        f"  {command('sample', out, '--num', 100, '--seed', 1)}   再抽一些新的图\n"
+        f"  {command('interpolate', out, '--second', min(5, len(data.test) - 1))}          看一张变成另一张\n"
+        f"  {command('train', '--resume', '--out', out, '--epochs', config.epochs * 2)}   训练得更久\n"
         "  jupyter lab notebooks                                    打开课程"
     )
     return 0
 
 
-def _merged_config(given: dict, saved: dict | None, say: Callable[[str], None]) -> TrainConfig:
+def _where_from(given: dict, saved: dict | None, device: torch.device) -> dict:
+    """数据从哪里来、多大：指明的，否则续训照旧，否则缺省。"""
+    source = given.get("data", DATA_DEFAULTS["data"])
+    before = saved["extra"] if saved else {}
+    extra = {**DATA_DEFAULTS, "image_size": choose.image_size(source, device), **before}
+    extra.update({name: given[name] for name in extra if name in given})
+    if saved and not before and "data" not in given:
+        raise ValueError("检查点没有记下数据从哪里来（它来自 Python 里的 train）；请加 --data 指明，须是训练时的那一份。")
+    changed = "、".join(f"{k} {before[k]!r} → {extra[k]!r}" for k in before.keys() & extra.keys() - {"root"} if extra[k] != before[k])
+    if changed and not given.get("other_data"):
+        raise ValueError(f"续训须用同样的数据，这次改了 {changed}；请去掉这些参数，或加 --other-data 坚持，或不加 --resume 另起一次训练。")
+    return extra
+
+
+def _config(given: dict, saved: dict | None, defaults: dict) -> TrainConfig:
+    """训练的设置：指明的，否则续训照旧，否则缺省。"""
     chosen = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
-    if not saved:
-        return TrainConfig(**chosen)
-    changed = {name: value for name, value in chosen.items() if value != saved["config"][name]}
-    if changed:
-        listed = "、".join(f"{name} {saved['config'][name]} → {value}" for name, value in changed.items())
-        say(f"注意：改了 {listed}，此后的数与不间断的训练不同（学习率按新的总轮数重新展开）。")
-    return TrainConfig(**{**saved["config"], **chosen})
+    return TrainConfig(**{**(saved["config"] if saved else defaults), **chosen})
+
+
+def _with_epochs(
+    config: TrainConfig, model: VanillaVAE, data: ImageSet, given: dict, saved: dict | None, device: torch.device, world: World, how: dict
+) -> tuple[TrainConfig, str]:
+    """轮数：``--epochs``、``--steps`` 或 ``--minutes`` 指明的，否则续训照旧，否则自己的图片按时间定；与一句为什么。"""
+    per_epoch = config.steps_per_epoch(len(data.train), world.size)
+    if "steps" in given:
+        return replace(config, epochs=math.ceil(given["steps"] / per_epoch)), "你指明的步数，凑成整轮"
+    timed = "minutes" in given or not (saved or "epochs" in given or given.get("data", DATA_DEFAULTS["data"]) in NAMES)
+    if not timed:
+        return config, ""
+    seconds = choose.pace(model, data, config, device, world, **how)
+    epochs, why = choose.epochs_within(given.get("minutes"), seconds, config, data, device, world)
+    done = math.ceil(saved["step"] / saved["steps_per_epoch"]) if saved else 0
+    return replace(config, epochs=done + epochs), why
+
+
+def _say_settings(
+    say: Callable[[str], None], model: VanillaVAE, data: ImageSet, config: TrainConfig, why: str, source: str, saved: dict | None,
+    given: dict, out: Path, world: World,
+) -> None:  # fmt: skip
+    count = sum(parameter.numel() for parameter in model.parameters())
+    per_epoch = config.steps_per_epoch(len(data.train), world.size)
+    say(
+        f"训练 {len(data.train)} 张，测试 {len(data.test)} 张，{list(data.train.shape[1:])}\n"
+        f"模型：{count:,} 个参数，隐变量 {model.latent_dim} 维，各级通道 {list(model.hidden_dims)}\n"
+        f"批大小 {config.batch_size}{f'（{world.size} 个进程均分）' * (world.size > 1)}，KL 权重 {config.kld_weight}，"
+        f"{config.epochs} 轮共 {config.epochs * per_epoch} 步{f'（{why}）' * bool(why)}，结果在 {shown(out)}{os.sep}"
+    )
+    if saved:
+        changed = {field.name: (saved["config"][field.name], getattr(config, field.name)) for field in fields(TrainConfig)}
+        if listed := "、".join(f"{name} {old} → {new}" for name, (old, new) in changed.items() if old != new):
+            say(f"注意：改了 {listed}，此后的数与不间断的训练不同（学习率按新的总轮数重新展开）。")
+    elif source not in NAMES:
+        say(choose.why(given, model, config))
+        if len(data.train) < choose.FEW:
+            say(f"注意：只有 {len(data.train)} 张训练图，模型多半会把它们背下来，测试图的重建不会好；几百张起才学得到共同的样子。")
 
 
 def _draw_results(model: VanillaVAE, data: ImageSet, history: list[dict], result: Evaluation, out: Path) -> None:

@@ -1,18 +1,25 @@
-"""写文件：写全了才就位。"""
+"""写文件：写全了才就位；占住一个文件夹：同一时刻只有一个进程往里写；文件的名字怎样给人看。"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"
+_held: dict[Path, int] = {}  # 这个进程占着的文件夹 → 占它的线程
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """``write(file)`` 写二进制文件：写在旁边、落盘、改名就位；中途死掉，原来的文件不受影响。"""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -42,3 +49,44 @@ def copy_atomically(source: Path, target: Path) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)  # 两个名字已是同一个文件时，改名什么也不做
+
+
+@contextmanager
+def hold(folder: Path | None) -> Iterator[None]:
+    """占住 ``folder``（没有就建），离开时放手；进程死了，系统替它放手。同一线程里可以套着用；None 什么也不做。
+
+    Raises:
+        BlockingIOError: 另一个训练正占着它。
+        OSError: 建不了，或不能写。
+    """
+    if folder is None or _held.get(folder.resolve()) == threading.get_ident():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(f"{shown(folder)} 正被另一个训练占着；请用 --out 换一个文件夹，或等它结束。") from None
+    except FileExistsError as error:
+        raise NotADirectoryError(f"结果文件夹应是文件夹，{shown(folder)} 或它的上级是一个文件；请用 --out 换一个位置。") from error
+    except OSError as error:
+        raise OSError(f"结果文件夹 {shown(folder)} 不能写（{error.strerror or error}）；请检查权限与磁盘空间，或用 --out 换一个位置。") from error
+    _held[folder.resolve()] = threading.get_ident()
+    try:
+        yield
+    finally:
+        del _held[folder.resolve()]
+        lock.release()
+
+
+def shown(name: str | os.PathLike) -> str:
+    """来自文件系统的名字，给人看的样子：换行、控制符、双向控制符、不合法的 UTF-8 都写成转义，不会弄乱屏幕。"""
+
+    def escaped(character: str) -> str:
+        if "\udc80" <= character <= "\udcff":  # Python 用它代表不合法的 UTF-8 里的一个字节
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        return character.encode("unicode_escape").decode()
+
+    # isprintable 把各种空白都算作不可见；全角空格（Zs）在中文文件名里常见，不必转义
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else escaped(c) for c in os.fspath(name))

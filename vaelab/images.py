@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,6 +83,15 @@ class ImageSet:
         with suppress(FileNotFoundError):  # 删掉了不要紧：映射着的内容还在
             if (now := path.stat().st_size) < size:
                 raise OSError(f"解码缓存 {path} 应有 {size} 字节，现在只有 {now}：它在使用中被改短了；请重新运行，会重新解码。")
+
+    def digest(self) -> str:
+        """内容的散列（32 个十六进制数字）：只取决于像素、形状、划分与次序，与机器、缓存、在内存里还是映射着都无关。"""
+        self.require_whole()
+        digest = hashlib.blake2b(repr((tuple(self.train.shape), tuple(self.test.shape))).encode(), digest_size=16)
+        for images in (self.train, self.test):
+            for chunk in images.split(1000):  # 分块：比内存大的映射也算得
+                digest.update(chunk.contiguous().cpu().numpy().data)
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         return f"ImageSet({self.name!r}, train={list(self.train.shape)}, test={list(self.test.shape)})"

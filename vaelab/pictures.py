@@ -24,6 +24,7 @@ import psutil
 import torch
 from filelock import FileLock  # torch 自身的依赖，装了 torch 就有
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from vaelab.images import ImageSet
@@ -205,6 +206,48 @@ def decoded_set(
     test = record["test"]
     mapped = None if path is None else (path, path.stat().st_size)
     return ImageSet(name, images[test:], images[:test], notes=(*notes, *record["notes"]), mapped=mapped)
+
+
+def read_pictures(path: str | os.PathLike, image_size: int, channels: int = 3, *, limit: int | None = None) -> tuple[Tensor, tuple[str, ...]]:
+    """一张图片或一个文件夹里的图片，不划分，一张也行，不写缓存。
+
+    Args:
+        path: 图片文件，或放着图片的文件夹（按名字的先后）。
+        image_size, channels: 同 :func:`vaelab.data.load`。
+        limit: 至多要几张；够了就不再解码。
+
+    Returns:
+        uint8 ``[N, C, image_size, image_size]``（N ≥ 1），与该让使用者知道的话。
+
+    Raises:
+        ValueError, OSError: 不在、没有权限、一张也读不出；信息说明怎么办。
+    """
+    place = Path(path).expanduser()
+    notes: tuple[str, ...] = ()
+    if place.is_dir():
+        files, notes = find_pictures(place)
+        paths = [place / name for name in sorted(files)]
+    elif place.exists():
+        paths = [place]
+    else:
+        raise FileNotFoundError(f"没有文件或文件夹 {place.absolute()}；请检查路径的拼写。")
+    Image.init()
+    rows, skipped = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for each in paths:
+            result = _try_picture(each, image_size=image_size, channels=channels, crop=None)
+            if isinstance(result, str):
+                skipped.append(f"{each.name}（{result or '内容不是认得的图片'}）")
+            else:
+                rows.append(torch.from_numpy(result))
+            if len(rows) == limit:
+                break
+    if skipped:
+        notes += (f"跳过 {len(skipped)} 个读不出的文件：{'、'.join(skipped[:5])}。",)
+    if not rows:
+        raise ValueError(f"{place.absolute()} 里没有读得出的图片；{''.join(notes)}请换一张完好的 .jpg 或 .png。")
+    return torch.stack(rows), notes
 
 
 def map_pixels(path: Path) -> np.ndarray:

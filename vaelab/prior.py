@@ -124,7 +124,9 @@ def fit_mixture(z: Tensor, seed: int = 0, components: tuple[int, ...] = COMPONEN
     return mixture
 
 
-def expectation_maximization(z: Tensor, k: int, generator: Generator, max_steps: int = 60, tolerance: float = 1e-3) -> Iterator[tuple[Mixture, float]]:
+def expectation_maximization(
+    z: Tensor, k: int, generator: Generator, max_steps: int = 60, tolerance: float = 1e-3
+) -> Iterator[tuple[Mixture, float]]:
     r"""EM，每走一步给出（混合高斯，目标），目标单调不减，每个样本升得少于 ``tolerance`` nat 就停。
 
     每个分量的协方差有一个先验，相当于多看见一个以全体的协方差 Σ₀ 散布的样本：Σ_k = (n_k S_k + Σ₀) / (n_k + 1)。

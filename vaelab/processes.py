@@ -51,6 +51,21 @@ class World:
             raise SystemExit(1)
         return answer[0]
 
+    def agree(self, value: str, what: str) -> None:
+        """各进程的 ``value`` 须相同。
+
+        Raises:
+            ValueError: 不同；每个进程都报，各台机器上都看得见。
+        """
+        if self.size == 1:
+            return
+        values = [""] * self.size
+        dist.all_gather_object(values, value)
+        if others := [rank for rank, each in enumerate(values) if each != values[0]]:
+            raise ValueError(
+                f"各进程的{what}应相同，第 {others[0]} 个进程是 {values[others[0]]}，第 0 个是 {values[0]}；请让每台机器上的一样，再重新启动。"
+            )
+
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
         """这一段由每台机器的第 0 个进程先走完，本机其余的再走；先走的出了错，后面的不再走。"""

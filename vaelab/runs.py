@@ -2,34 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from vaelab.checkpoint import CHECKPOINT, load_checkpoint
 from vaelab.data import NAMES, load
+from vaelab.files import LOCK, hold
 from vaelab.images import ImageSet
 
 RUNS = Path("runs")
 DATA_DEFAULTS = {"data": "faces", "root": "data", "image_size": 64, "channels": None, "count": 10_000, "data_seed": 0}
 
 
-def choose_out(given: dict) -> tuple[Path, dict | None]:
-    """结果文件夹，以及续训时的检查点。不续训就绝不写进已有结果的文件夹。"""
+@contextmanager
+def claim(given: dict) -> Iterator[tuple[Path, dict | None]]:
+    """占住结果文件夹，给出它与续训时的检查点；不续训就绝不写进已有结果的文件夹。
+
+    没有指明时在 ``runs/`` 里找第一个没有人用的名字：先占住，再看里面，所以同时开始的几个训练各得一个。
+    一份检查点也没有写下就离开，占位时建的文件夹不留下。
+
+    Raises:
+        ValueError: 指明的文件夹里已有结果。
+        OSError: 它正被另一个训练占着，或不能写。
+    """
     if given.get("resume"):
         out = Path(given["out"]) if "out" in given else latest_run()
-        return out, load_checkpoint(out)
+        load_checkpoint(out)  # 先看有没有：没有就不建文件夹
+        with hold(out):
+            yield out, load_checkpoint(out)
+        return
     if "out" in given:
-        out = Path(given["out"])
-        if (out / CHECKPOINT).exists():
-            raise ValueError(f"{out} 里已有训练结果；加 --resume 接着训练，或用 --out 换一个文件夹。")
-        return out, None
-    name = str(given.get("data", DATA_DEFAULTS["data"]))
-    name = name if name in NAMES else Path(name).expanduser().resolve().name or "images"
-    out, number = RUNS / name, 1
-    while (out / CHECKPOINT).exists():
-        number += 1
-        out = RUNS / f"{name}-{number}"
-    return out, None
+        names = iter([Path(given["out"])])
+    else:
+        name = str(given.get("data", DATA_DEFAULTS["data"]))
+        name = name if name in NAMES else Path(name).expanduser().resolve().name or "images"
+        names = (RUNS / (name if number == 1 else f"{name}-{number}") for number in count(1))
+    for out in names:
+        new = not out.exists()
+        held = hold(out)
+        try:
+            held.__enter__()
+        except BlockingIOError:
+            if "out" in given:
+                raise
+            continue
+        try:
+            if (out / CHECKPOINT).exists() and "out" in given:
+                raise ValueError(f"{out} 里已有训练结果；加 --resume 接着训练，或用 --out 换一个文件夹。")
+            if "out" not in given and any(entry.name != LOCK for entry in out.iterdir()):
+                continue
+            yield out, None
+            return
+        finally:
+            held.__exit__(None, None, None)
+            if new:
+                _forget(out)
+
+
+def _forget(out: Path) -> None:
+    """除了占位的锁什么也没有，就删掉这个文件夹，与因此空了的 ``runs``。"""
+    with suppress(OSError):
+        if all(entry.name == LOCK for entry in out.iterdir()):
+            (out / LOCK).unlink(missing_ok=True)
+            out.rmdir()
+            if out.parent == RUNS:
+                RUNS.rmdir()
 
 
 def latest_run() -> Path:
@@ -37,6 +79,12 @@ def latest_run() -> Path:
     if not found:
         raise FileNotFoundError(f"{RUNS.resolve()} 里还没有训练结果；请先运行 python vanilla_vae.py，或写明运行文件夹。")
     return found[-1].parent
+
+
+def command(*words: object) -> str:
+    """可以照抄进这里的终端的一条命令；路径里的空格与引号都照顾到。"""
+    texts = [str(word) for word in words]
+    return f"python vanilla_vae.py {subprocess.list2cmdline(texts) if os.name == 'nt' else shlex.join(texts)}"
 
 
 def load_data(extra: dict, download: bool = False, say: Callable[[str], None] = print) -> ImageSet:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from vaelab.checkpoint import Run, checkpoint_file, load_checkpoint
 from vaelab.config import TrainConfig
 from vaelab.evaluate import evaluate
+from vaelab.files import hold
 from vaelab.images import ImageSet
 from vaelab.interrupts import clear_errors, stop_on_signal
 from vaelab.plan import make_plan
@@ -43,6 +44,7 @@ def train(
     data_on: str = "auto",
     sync_batch_norm: bool = True,
     resume: bool | str | os.PathLike = False,
+    other_data: bool = False,
     extra: dict | None = None,
     keep: int = 0,
     log_every: int = 0,
@@ -64,6 +66,7 @@ def train(
         device, compile, cuda_graphs, data_on: 怎样跑，见 :func:`vaelab.plan.make_plan`。
         sync_batch_norm: 几个进程时，批归一化是否在整批上统计；关掉就各算各的，快一点，数不再与一个进程相同。
         resume: 从 ``out`` 里最后的检查点，或指明的一个检查点文件接着训练，直到 ``config.epochs`` 轮；进程数可以与原来不同。
+        other_data: 续训时，数据与检查点记着的不同也坚持走下去。
         extra: 一并存进检查点的设置（字典，只含数、字符串与列表），例如数据从哪里来。
         keep: 另外保留最近几份更早的检查点，``checkpoint-步数.pt``。
         log_every, tensorboard: 每一步的记录，见 :class:`vaelab.steplog.StepLog`。
@@ -73,6 +76,7 @@ def train(
         每一轮一行的历史，列见 ``history.csv``。
 
     Raises:
+        BlockingIOError: 另一个训练正占着 ``out``。
         TrainingError: 损失不再是有限的数，检查点存不下，内存装不下一批，或与别的进程失去联系。
         ValueError: 设置与数据、与检查点不相符，或设备做不到所要求的。
     """
@@ -83,6 +87,8 @@ def train(
     total_steps = config.epochs * steps_per_epoch
     path = None if out is None or world.rank else Path(out)
     log, keep = StepLog(path, log_every, tensorboard), whole_number("keep", keep)
+    digest = data.digest() if out or world.size > 1 else None
+    world.agree(f"{len(data.train)} 张训练图、{len(data.test)} 张测试图，摘要 {digest}", "数据")
     source = checkpoint_file(out if resume is True else resume) if resume and out else None
     saved = world.from_first(lambda: load_checkpoint(source)) if source else None
     plan = make_plan(
@@ -94,10 +100,10 @@ def train(
     if show:
         print(plan.why(), flush=True)
 
-    with Stepper(model, data, config, plan, world, sync_batch_norm=sync_batch_norm) as stepper:
-        run = Run(model, stepper.optimizer, stepper.scaler, config, plan.ran_on, path, steps_per_epoch, extra or {}, log, keep)
+    with hold(path), Stepper(model, data, config, plan, world, sync_batch_norm=sync_batch_norm) as stepper:
+        run = Run(model, stepper.optimizer, stepper.scaler, config, plan.ran_on, path, steps_per_epoch, extra or {}, digest, log, keep)
         if saved:
-            run.restore(saved, source)
+            run.restore(saved, other_data, source)
         else:
             run.save()  # 从第一步之前起，任何时刻被杀都有可载入的检查点
         images_total, images_done = (n * config.batch_size for n in (total_steps, run.step))
