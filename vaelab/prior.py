@@ -14,13 +14,17 @@ r"""拟合的先验：训练集的隐变量用混合高斯拟合，从它抽样�
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from vaelab.files import write_atomically
 from vaelab.images import to_float
 from vanilla_vae import eval_mode, positive_int
 
@@ -43,9 +47,10 @@ class Mixture:
     weights: Tensor
     means: Tensor
     covariances: Tensor
+    factors: Tensor = field(init=False, repr=False)  # Σ = F Fᵀ，[K, L, L]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", torch.linalg.cholesky(self.covariances))  # Σ = F Fᵀ，[K, L, L]
+        object.__setattr__(self, "factors", torch.linalg.cholesky(self.covariances))
 
     def log_joint(self, z: Tensor) -> Tensor:
         """log π_k N(z; m_k, Σ_k)，``[N, L]`` → ``[N, K]``，nat。"""
@@ -190,3 +195,18 @@ def _start(z: Tensor, k: int, factor: Tensor, generator: Generator) -> Tensor:
         nearest = torch.stack(distances).amin(0)
     owner = torch.stack(distances, dim=1).argmin(1)
     return torch.nn.functional.one_hot(owner, k).to(z.dtype)
+
+
+def load_prior(path: Path, key: str) -> Mixture | None:
+    """存好的先验；没有、读不出，或不是 ``key`` 那一份的，都是 None，重新拟合就是。"""
+    with suppress(OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["key"] == key:
+            return Mixture(saved["weights"], saved["means"], saved["covariances"])
+    return None
+
+
+def save_prior(path: Path, key: str, mixture: Mixture) -> None:
+    """存下先验；``key`` 说明它是哪个模型、哪些图的。"""
+    state = {"key": key, "weights": mixture.weights, "means": mixture.means, "covariances": mixture.covariances}
+    write_atomically(path, lambda file: torch.save(state, file))
