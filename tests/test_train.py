@@ -320,7 +320,7 @@ def test_resume_gives_the_numbers_of_an_unbroken_run(data, tmp_path, monkeypatch
     timeless = [[{k: v for k, v in row.items() if k not in ("images_per_s", "seconds")} for row in rows] for rows in (unbroken, history)]
     assert timeless[0] == timeless[1]
     assert (tmp_path / "b" / HISTORY).read_text(encoding="utf-8").count("\n") == 1 + CONFIG.epochs
-    assert same_weights(load_model(tmp_path / "b"), whole)
+    assert same_weights(load_model(tmp_path / "b" / CHECKPOINT), whole)
 
 
 def test_resuming_keeps_the_precision_that_was_chosen(data, tmp_path, monkeypatch):
@@ -376,7 +376,7 @@ def test_killed_at_any_moment_leaves_a_checkpoint_that_continues_exactly(tmp_pat
 
     whole = new_model()
     train(whole, load("faces", image_size=16, count=100), replace(CONFIG, epochs=epochs), device="cpu", progress=False)
-    assert same_weights(load_model(out), whole)
+    assert same_weights(load_model(out / CHECKPOINT), whole)
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(data, tmp_path):

@@ -121,6 +121,9 @@ def build_parser() -> Parser:
     command = run_command("evaluate", "在测试集上评价")
     samples_text = "再算每张图取 K 个样本的重要性加权下界（默认不算）"
     command.add_argument("--importance-samples", type=Whole(high=10**6), default=0, help=samples_text, metavar="K")
+    for name in ("sample", "reconstruct", "interpolate", "evaluate"):
+        commands.choices[name].add_argument("--data", type=path, help="训练时的数据（默认照检查点记下的）", metavar="名字或路径")
+        commands.choices[name].add_argument("--root", type=path, help="torchvision 数据与 CelebA 所在的文件夹（默认照检查点记下的）", metavar="路径")
     for name in ("train", "sample", "reconstruct", "interpolate", "evaluate"):
         commands.choices[name].add_argument("--device", default="auto", help="cuda、mps、cpu 或 auto（默认）", metavar="设备")
     run_command("info", "一次训练的概况：数据、模型、设置、走到哪里").set_defaults(device="cpu")

@@ -7,9 +7,11 @@ import io
 import math
 import os
 import pickle
+import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,11 +19,14 @@ import torch
 
 from vaelab.config import LOSSES, TrainConfig, TrainingError
 from vaelab.evaluate import Evaluation
-from vaelab.files import write_atomically
+from vaelab.files import copy_atomically, write_atomically
 from vaelab.processes import pick_device
+from vaelab.steplog import StepLog
 from vanilla_vae import VanillaVAE
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.pt"  # 最后一份，续训从它接着走
+BEST = "best.pt"  # 测试 ELBO 最高的一份，同一种格式，使用时默认用它
+EARLIER = re.compile(r"checkpoint-(\d+)\.pt")  # 更早的几份，以步数命名
 HISTORY = "history.csv"
 
 
@@ -42,26 +47,31 @@ class Run:
         steps_per_epoch: int,
         extra: dict,
         digest: str | None = None,
+        log: StepLog | None = None,
+        keep: int = 0,
     ) -> None:
         self.model, self.optimizer, self.scaler, self.config = model, optimizer, scaler, config
         self.ran_on, self.path, self.steps_per_epoch, self.extra, self.digest = ran_on, path, steps_per_epoch, extra, digest
+        self.log, self.keep = log or StepLog(None), keep
         self.step, self.saved_step, self.sums = 0, 0, dict.fromkeys(LOSSES, 0.0)
         self.history: list[dict] = []
         self.last: list[float] | None = None  # 最近取回的一步
 
-    def read(self, pending: tuple[int, Callable[[], list[float]]] | None) -> bool:
-        """取回一步的结果并累计；返回是否有进程要求停下。
+    def read(self, pending: tuple[int, float, Callable[[], list[float]]] | None) -> bool:
+        """取回一步的结果并累计；``pending`` 是步数、学习率与取回的办法；返回是否有进程要求停下。
 
         Raises:
             TrainingError: 损失不是有限的数。
         """
         if pending is None:
             return False
-        step, fetched = pending[0], pending[1]()
+        step, lr, fetched = pending[0], pending[1], pending[2]()
         values = self.last = fetched[: len(LOSSES)]
         if math.isfinite(values[0]):
             for name, value in zip(LOSSES, values):
                 self.sums[name] += value
+            with self._writing():
+                self.log.step(step, values[0], values[1], values[2], lr)
             return any(fetched[len(LOSSES) :])
         saved = "" if self.path is None else "上一轮的检查点完好，减小 --lr 后可加 --resume 接着训练；"
         raise TrainingError(
@@ -88,6 +98,7 @@ class Run:
                 "seconds": round(seconds, 2),
             }
         )
+        self.log.epoch(self.history[-1])
 
     def start(self) -> None:
         """从头开始：绝不写进已有检查点的文件夹；从第一步之前起，任何时刻被杀都有可载入的检查点。"""
@@ -96,7 +107,11 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        """检查点先写在旁边，写全后改名就位；历史随检查点走，CSV 由它写出。"""
+        """检查点先写在旁边，写全后改名就位；历史随检查点走，CSV 由它写出。
+
+        这一轮的测试 ELBO 最高时，写下的先叫 ``best.pt``，再硬链接成 ``checkpoint.pt``：只写一次，任何时刻被杀两者都完好，
+        中间被杀则续训重走这一轮，得到同样的一份。
+        """
         if self.path is None:
             return
         state = {
@@ -115,23 +130,41 @@ class Run:
         }
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
-        try:
+        is_best = bool(self.history) and self.history[-1]["step"] == self.step and best_row(self.history) is self.history[-1]
+        last = self.path / CHECKPOINT
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / CHECKPOINT, lambda file: torch.save(state, file))
+            self.log.begin(self.step)
+            self.log.flush()
+            if self.keep and 0 < self.saved_step < self.step:
+                copy_atomically(last, self.path / f"checkpoint-{self.saved_step:05d}.pt")
+            write_atomically(self.path / BEST if is_best else last, lambda file: torch.save(state, file))
+            if is_best:
+                copy_atomically(self.path / BEST, last)
             write_atomically(self.path / HISTORY, lambda file: file.write(_as_csv(self.history).encode("utf-8")))
+            for path in earlier_checkpoints(self.path, self.step)[: -self.keep or None] if self.keep else []:
+                path.unlink()
+        self.saved_step = self.step
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, RuntimeError) as error:
             raise TrainingError(
                 f"第 {self.step} 步的检查点写不进 {self.path}（{error}）；请腾出磁盘空间或检查权限，再加 --resume 从上一份完好的检查点接着训练。"
             ) from error
-        self.saved_step = self.step
 
     def _moments(self) -> dict:
         """优化器的状态；学习率若在设备上（录进了 CUDA 图），存的是它的值。"""
         state = self.optimizer.state_dict()
         return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
 
-    def restore(self, state: dict, other_data: bool = False) -> None:
-        """从检查点接着走；模型、数据、批大小、训练哪些参数都须与那时相同。``other_data`` 允许数据不同，从最近走完的一轮接着。"""
+    def restore(self, state: dict, other_data: bool = False, source: Path | None = None) -> None:
+        """从检查点接着走；模型、数据、批大小、训练哪些参数都须与那时相同。
+
+        ``other_data`` 允许数据不同，从最近走完的一轮接着。``source`` 是检查点的文件，若不是这里的 ``checkpoint.pt``，就先回到它。
+        """
         if state["model_args"] != model_args(self.model):
             raise ValueError(
                 f"检查点里的模型是 {state['model_args']}，这次给的是 {model_args(self.model)}；"
@@ -166,6 +199,21 @@ class Run:
             self.step = int(done) * self.steps_per_epoch
         else:
             self.sums = dict(state["sums"])
+        self.saved_step = self.step
+        if self.path is not None:
+            with self._writing():
+                self.path.mkdir(parents=True, exist_ok=True)
+                if source is not None and source.resolve() != (self.path / CHECKPOINT).resolve():
+                    self._go_back(source)
+                self.log.begin(self.step)
+
+    def _go_back(self, source: Path) -> None:
+        """让 ``checkpoint.pt`` 成为 ``source``；走得更远的几份改以步数命名，一份也不丢。"""
+        assert self.path is not None
+        for path in (self.path / CHECKPOINT, self.path / BEST):
+            if path.exists() and (step := load_checkpoint(path)["step"]) > self.step:
+                copy_atomically(path, self.path / f"checkpoint-{step:05d}.pt")
+        copy_atomically(source, self.path / CHECKPOINT)
 
 
 def model_args(model: VanillaVAE) -> dict:
@@ -178,6 +226,28 @@ def model_args(model: VanillaVAE) -> dict:
     }
 
 
+def best_row(history: list[dict]) -> dict | None:
+    """测试 ELBO 最高的一轮，并列取早的；一轮也没走完就是 None。
+
+    各轮的 ELBO 都取各自最优的 σ²（见 :func:`vaelab.evaluate.evaluate`），所以可以相比。
+    """
+    return max(history, key=lambda row: -math.inf if math.isnan(row["test_elbo"]) else row["test_elbo"], default=None)
+
+
+def earlier_checkpoints(run: Path, before: float = math.inf) -> list[Path]:
+    """运行文件夹里以步数命名的、第 ``before`` 步之前的检查点，由早到晚。"""
+    found = {int(match[1]): path for path in run.glob("checkpoint-*.pt") if (match := EARLIER.fullmatch(path.name))}
+    return [found[step] for step in sorted(found) if step < before]
+
+
+def checkpoint_file(path: str | os.PathLike, best: bool = False) -> Path:
+    """``path`` 是文件就是它；是运行文件夹，就是里面最后的一份，``best`` 则是测试 ELBO 最高的一份（没有就最后的）。"""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return path / BEST if best and (path / BEST).is_file() else path / CHECKPOINT
+
+
 def load_checkpoint(path: str | os.PathLike) -> dict:
     """读检查点（文件，或含 ``checkpoint.pt`` 的文件夹）到 CPU；只收张量与普通的值，不执行其中的代码。
 
@@ -185,8 +255,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         FileNotFoundError: 没有检查点。
         ValueError: 不完整、含有代码，或不是本项目写下的。
     """
-    path = Path(path)
-    path = path / CHECKPOINT if path.is_dir() else path
+    path = checkpoint_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"没有检查点 {path}；请给出训练过的文件夹，或先用 train 训练一次。")
     try:
@@ -206,11 +275,32 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
 
 
 def load_model(path: str | os.PathLike, device: str | torch.device = "cpu") -> VanillaVAE:
-    """由检查点重建模型，置于 eval 模式。参数与错误同 :func:`load_checkpoint`。"""
-    state = load_checkpoint(path)
-    model = VanillaVAE(**state["model_args"])
-    model.load_state_dict(state["model"])
-    return model.to(pick_device(device)).eval()
+    """由检查点重建模型，置于 eval 模式。
+
+    Args:
+        path: 运行文件夹，用其中测试 ELBO 最高的一份（``best.pt``，没有就 ``checkpoint.pt``）；或指明的一个检查点文件。
+        device: ``cpu``、``cuda``、``mps`` 或 ``auto``。
+
+    Raises:
+        FileNotFoundError, ValueError: 同 :func:`load_checkpoint`；或其中的权重与它写明的结构不符。
+    """
+    return build_model(load_checkpoint(checkpoint_file(path, best=True)), device)
+
+
+def build_model(state: dict, device: str | torch.device = "cpu") -> VanillaVAE:
+    """由 :func:`load_checkpoint` 的结果重建模型，置于 eval 模式；不动全局的随机状态。"""
+    place, weights = pick_device(device), state["model"]
+    try:
+        with torch.device("meta"):  # 先只看形状：写错的结构不必真的占内存
+            model = VanillaVAE(**state["model_args"])
+        wanted = {name: value.shape for name, value in model.state_dict().items()}
+        if wanted != {name: value.shape for name, value in weights.items()}:
+            raise ValueError("权重的名字或形状对不上")
+        model = model.to_empty(device="cpu")
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"检查点里的权重与它写明的结构 {state['model_args']} 不符（{error}）；它被改动过，请换一份检查点。") from error
+    return model.to(place).eval()
 
 
 def _as_csv(history: list[dict]) -> str:

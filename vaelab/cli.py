@@ -191,4 +191,6 @@ COMMANDS = {
     "reconstruct": using.reconstruct,
     "interpolate": using.interpolate,
     "evaluate": using.evaluate_run,
+    "info": using.info,
+    "export": using.export,
 }

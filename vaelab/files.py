@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,27 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_atomically(source: Path, target: Path) -> None:
+    """``target`` 成为 ``source`` 的一份：能硬链接就不占地方，文件系统做不到就复制；在旁边做好，改名就位。
+
+    ``source`` 此后只可以被换掉（:func:`write_atomically`），不可以就地改写。
+    """
+    temporary = target.with_name(f"{target.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        linked = False
+        with suppress(OSError, NotImplementedError):  # exFAT、有的网络盘没有硬链接
+            os.link(source, temporary)
+            linked = True
+        if not linked:
+            shutil.copyfile(source, temporary)
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # 两个名字已是同一个文件时，改名什么也不做
 
 
 @contextmanager
