@@ -121,7 +121,7 @@ def test_a_true_flat_picture_is_not_taken_for_an_unfinished_one(way, side, share
     path = path.rename(path.with_suffix({"TGA": ".tga", "PPM": ".ppm", "JPEG2000": ".jp2"}.get(kind, ".png")))
     result = decode_picture(path, image_size=16, channels=3)
     assert not isinstance(result, Unreadable), result
-    if share >= 0.5:
+    if share >= 0.5 and side > 16:  # 小图里 JPEG 的块跨着分界
         assert np.abs(result[:, -3].T.astype(int) - colour).max() <= 12
 
 
@@ -221,13 +221,20 @@ def test_hostile_names_in_notes(tmp_path):
 
 FAILING = """
 import errno, sys
+from pathlib import Path
+failing = True
 def hook(event, arguments):
-    if event == "open" and "slow" in str(arguments[0]) and len(sys.argv) > 2:
+    if failing and event == "open" and "slow" in str(arguments[0]):
         raise OSError(errno.EIO, "Input/output error")
 sys.addaudithook(hook)
 from vaelab.data import load
-images = load(sys.argv[1], image_size=8, progress=False)
-print(len(images.train) + len(images.test), *images.notes)
+def report():
+    images = load(sys.argv[1], image_size=8, progress=False)
+    print(len(images.train) + len(images.test), *[path.name for path in Path(sys.argv[2]).glob("*.npy")], *images.notes)
+report()
+report()
+failing = False
+report()
 """
 
 
@@ -235,17 +242,13 @@ def test_an_error_of_the_system_is_named_and_tried_again(tmp_path, cache):
     folder = plain_pictures(tmp_path / "in", 20)
     for i in (3, 7):
         (folder / f"{i:04}.png").rename(folder / f"slow{i}.png")
-
-    def run(*arguments):
-        environment = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONIOENCODING": "utf-8"}
-        command = [sys.executable, "-c", FAILING, str(folder), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True, cwd=REPO).stdout
-
-    first = run("fail")
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-c", FAILING, str(folder), str(cache)]
+    output = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True, cwd=REPO).stdout
+    first, second, third = output.splitlines()
     assert first.startswith("18 ") and "磁盘或网络盘读写出错" in first and "损坏" not in first
-    (pixels,) = cache.glob("*.npy")
-    assert run("fail") == first and list(cache.glob("*.npy")) == [pixels]  # 还是读不出：不重新解码其余的
-    assert run() == "20\n"
+    assert second == first  # 还是读不出：不重新解码其余的
+    assert third.startswith("20 ") and third.endswith(".npy") and third.split()[1] not in first
 
 
 def test_a_decoder_registered_later_is_used(tmp_path):

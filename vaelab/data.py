@@ -171,7 +171,8 @@ def _read_idx(path: Path, class_name: str) -> Tensor:
             raise ValueError("大小与头里所说的不符")
     except (ValueError, IndexError, struct.error, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise FileNotFoundError(
-            f"{shown(path.parent.resolve())} 里没有完整的 {class_name}：{shown(path.name)} 截断或损坏；请重新取得它，或加 --download（download=True）下载。"
+            f"{shown(path.parent.resolve())} 里没有完整的 {class_name}：{shown(path.name)} 截断或损坏；"
+            "请重新取得它，或加 --download（download=True）下载。"
         ) from error
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=4 + 4 * dims).reshape(shape)
 

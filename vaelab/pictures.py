@@ -105,7 +105,7 @@ def find_pictures(folder: Path) -> tuple[Files, tuple[str, ...]]:
     if closed:
         notes.append(f"跳过 {len(closed)} 个没有权限打开的子文件夹：{shown(closed[0].filename)}…。")
     if aside:
-        notes.append(f"没有进 {len(aside)} 个缩略图或回收站文件夹：{_listed(aside, 3)}。")
+        notes.append(f"没有进 {len(aside)} 个缩略图或回收站文件夹：{_listed(aside, 10)}。")
     if runs:
         notes.append(f"没有进 {len(runs)} 个本项目的运行文件夹，里面的图不是数据：{_listed(runs, 3)}。")
     if linked:
