@@ -120,7 +120,8 @@ def _torchvision_set(name: str, root: Path, image_size: int, channels: int | Non
         if idx is not None and len(idx) == 4:
             images, labels = (_read_idx(idx["train" if is_train else "t10k", what], class_name) for what in ("images", "labels"))
             if len(images) != len(labels):
-                raise ValueError(f"{shown(idx['train', 'images'].parent)} 里的图像 {len(images)} 张，标签 {len(labels)} 个，应一样多；请重新下载。")
+                place = shown(idx["train", "images"].parent)
+                raise ValueError(f"{place} 里的图像 {len(images)} 张，标签 {len(labels)} 个，应一样多；请重新取得。")
         else:
             part = _torchvision(class_name, root, download, train=is_train)
             images, labels = torch.as_tensor(part.data), torch.as_tensor(part.targets)  # 灰度 [N, H, W]，彩色 [N, H, W, C]
@@ -148,7 +149,8 @@ def _find_idx(class_name: str, root: Path) -> dict[tuple[str, str], Path] | None
         found: dict[tuple[str, str], Path] = {}
         with suppress(OSError):
             inside = sorted(folder.iterdir())
-            for path in (*inside, *(p for each in inside if each.is_dir() and "ubyte" in each.name.lower() for p in sorted(each.iterdir()))):
+            unpacked = (path for each in inside if "ubyte" in each.name.lower() and each.is_dir() for path in sorted(each.iterdir()))
+            for path in (*inside, *unpacked):
                 match = re.fullmatch(r"(train|t10k|test)-(images|labels)[-._]idx[13]-ubyte(\.gz)?", path.name.lower())
                 if match and path.is_file():
                     found.setdefault(("train" if match[1] == "train" else "t10k", match[2]), path)
@@ -169,7 +171,8 @@ def _read_idx(path: Path, class_name: str) -> Tensor:
             raise ValueError("大小与头里所说的不符")
     except (ValueError, IndexError, struct.error, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise FileNotFoundError(
-            f"{shown(path.parent.resolve())} 里没有完整的 {class_name}：{shown(path.name)} 截断或损坏；请重新取得它，或加 --download（download=True）下载。"
+            f"{shown(path.parent.resolve())} 里没有完整的 {class_name}：{shown(path.name)} 截断或损坏；"
+            "请重新取得它，或加 --download（download=True）下载。"
         ) from error
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=4 + 4 * dims).reshape(shape)
 
@@ -248,7 +251,7 @@ def _own_pictures(source: str | os.PathLike, seed: int, decode: Callable[..., Im
         close = difflib.get_close_matches(str(source).lower(), NAMES, n=1)
         hint = f"你要的也许是 {close[0]}" if close else f"可用的名字有 {'、'.join(NAMES)}"
         raise ValueError(
-            f"没有名为 {shown(str(source))!r} 的数据（{'、'.join(NAMES)}），也没有这个文件夹；{hint}，或给出图片文件夹的路径。"
+            f"没有名为 '{shown(str(source))}' 的数据（{'、'.join(NAMES)}），也没有这个文件夹；{hint}，或给出图片文件夹的路径。"
         ) from None
     if not is_folder:
         raise NotADirectoryError(f"{shown(folder)} 是一个文件，数据来源应为文件夹；请给出放着图片的文件夹。")

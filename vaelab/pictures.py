@@ -105,7 +105,7 @@ def find_pictures(folder: Path) -> tuple[Files, tuple[str, ...]]:
     if closed:
         notes.append(f"跳过 {len(closed)} 个没有权限打开的子文件夹：{shown(closed[0].filename)}…。")
     if aside:
-        notes.append(f"没有进 {len(aside)} 个缩略图或回收站文件夹：{_listed(aside, 3)}。")
+        notes.append(f"没有进 {len(aside)} 个缩略图或回收站文件夹：{_listed(aside, 10)}。")
     if runs:
         notes.append(f"没有进 {len(runs)} 个本项目的运行文件夹，里面的图不是数据：{_listed(runs, 3)}。")
     if linked:
@@ -148,28 +148,21 @@ _WHITES = {
 _KIND_NAMES = {"float": "浮点", "int32": "32 位整数", "int16": "有符号 16 位", "int8": "有符号 8 位"}
 
 
-def _choose_scale(sample: np.ndarray, kind: str, whole: bool, count: int) -> _Scale:
+def _choose_scale(sample: np.ndarray, kind: str, whole: bool) -> _Scale:
     """由同一批的像素定黑与白：装得下绝大多数像素的最小的白；个别像素越界不改变它。
 
     只有 0 与 1 的浮点图像是一批 0–255 里暗的那几张，所以整数值的浮点图至少按 255；有许多负数的（CT）按两端拉开。
     """
     low, high = (float(q) for q in np.quantile(sample, (0.005, 0.995)))
-    name = f"{count} 张{_KIND_NAMES[kind]}图"
     whites = [w for w in _WHITES[kind] if not (whole and w == 1)]
     white = next((w for w in whites if high <= 1.1 * w), high)
     if low < -0.05 * white or (kind != "float" and low < 0):
         if kind == "float" and not whole and low >= -1.1 and high <= 1.1:
             low, high = -1.0, 1.0
-        elif high <= low:
-            high = low + 1
-        return _Scale(low, high, f"{name}里有负数，按 {low:g} 为黑、{high:g} 为白。")
+        return _Scale(low, high if high > low else low + 1, "里有负数")
     if not whole and white > whites[0] and high < white / 16:  # 例如深度图 0–10 米：按 255 只会是一片黑
         white = high
-    if white not in whites:
-        return _Scale(0.0, white or 1.0, f"{name}没有约定的白，按 {white:g} 为白。")
-    if kind == "float" and whole and high <= 1:
-        return _Scale(0.0, white, f"{name}的值只有 0 与 1，按 0–255 的图读，几乎全黑；若是蒙版，请先乘以 255。")
-    return _Scale(0.0, white, "")
+    return _Scale(0.0, white or 1.0, "" if white in whites else "没有约定的白")
 
 
 def _to_bytes(wide: Wide, scale: _Scale) -> np.ndarray:
@@ -179,36 +172,48 @@ def _to_bytes(wide: Wide, scale: _Scale) -> np.ndarray:
 
 
 class _Waiting:
-    """等着定白点的图：像素写在临时文件里，看完全系列才换算；内存与张数无关。"""
+    """等着定白点的图：像素写在临时文件里，看完全系列才换算；内存与张数无关。
+
+    同一个文件夹里扩展名相同、数的种类也相同的，是一批。
+    """
 
     def __init__(self, folder: str | None) -> None:
         self._spill = tempfile.TemporaryFile(dir=folder)
-        self._rows: list[tuple[int, Wide]] = []  # 行号，与去掉像素的 Wide
+        self._batches: dict[tuple[str, str, str], list[tuple[int, int, str, Wide]]] = {}  # 第几个写下的、行号、名字、去掉像素的 Wide
         self._shape: tuple[int, ...] = ()
+        self._count = 0
 
-    def add(self, row: int, wide: Wide) -> None:
+    def add(self, row: int, name: str, wide: Wide) -> None:
+        path = Path(name)
+        batch = self._batches.setdefault((wide.kind, str(path.parent), path.suffix.lower()), [])
+        batch.append((self._count, row, name, wide._replace(values=np.empty(0, np.float32))))
         self._spill.write(wide.values.tobytes())
-        self._rows.append((row, wide._replace(values=np.empty(0, np.float32))))
-        self._shape = wide.values.shape
+        self._shape, self._count = wide.values.shape, self._count + 1
 
-    def _each(self, kind: str) -> Iterable[tuple[int, Wide]]:
+    def _each(self, batch: list[tuple[int, int, str, Wide]]) -> Iterable[tuple[int, str, Wide]]:
         size = 4 * math.prod(self._shape)
-        for index, (row, wide) in enumerate(self._rows):
-            if wide.kind == kind:
-                self._spill.seek(index * size)
-                yield row, wide._replace(values=np.frombuffer(self._spill.read(size), np.float32).reshape(self._shape))
+        for index, row, name, wide in batch:
+            self._spill.seek(index * size)
+            yield row, name, wide._replace(values=np.frombuffer(self._spill.read(size), np.float32).reshape(self._shape))
 
     def settle(self, write: Callable[[int, np.ndarray], object]) -> list[str]:
         """定白点，``write(行号, uint8 像素)`` 写到各自的行；返回要说的话。"""
         notes = []
-        for kind, count in Counter(wide.kind for _, wide in self._rows).items():
-            step = max(1, count * math.prod(self._shape) // 2**22)  # 至多看四百万个像素
-            sample = np.concatenate([wide.values.ravel()[::step] for _, wide in self._each(kind)])
-            whole = all(wide.whole for _, wide in self._rows if wide.kind == kind)
-            scale = _choose_scale(sample, kind, whole, count)
-            for row, wide in self._each(kind):
+        for (kind, *_), batch in self._batches.items():
+            step = max(1, len(batch) * math.prod(self._shape) // 2**22)  # 至多看四百万个像素
+            sample = np.concatenate([wide.values.ravel()[::step] for _, _, wide in self._each(batch)])
+            scale = _choose_scale(sample, kind, all(wide.whole for *_, wide in batch))
+            dark = []
+            for row, name, wide in self._each(batch):
                 write(row, _to_bytes(wide, scale))
-            notes += [scale.note] if scale.note else []
+                if 0 < (wide.values.max() - scale.black) * 255 < 2 * (scale.white - scale.black):
+                    dark.append(name)
+            what = f"{len(batch)} 张{_KIND_NAMES[kind]}图（{_listed([name for _, _, name, _ in batch], 2)}）"
+            if scale.note:
+                notes.append(f"{what}{scale.note}，按 {scale.black:g} 为黑、{scale.white:g} 为白。")
+            if dark:
+                which = f"{len(dark)} 张{_KIND_NAMES[kind]}图"
+                notes.append(f"{which}按这一批的 {scale.white:g} 为白，几乎全黑：{_listed(dark, 10)}；若另是一批或是蒙版，请分开放或先乘以 255。")
         self._spill.close()
         return notes
 
@@ -226,7 +231,7 @@ def _skip_notes(skipped: dict[str, Unreadable]) -> list[str]:
         notes.append(f"没有读 {len(names)} 个 {reason}：{_listed(names, 3)}。")
     rest = [f"{shown(name)}（{each.reason}）" for name, each in named.items() if each.reason not in needed]
     if rest:
-        notes.append(f"跳过 {len(rest)} 个读不出的文件：{'、'.join(rest[:5])}{'…' if len(rest) > 5 else ''}。")
+        notes.append(f"跳过 {len(rest)} 个读不出的文件：{'、'.join(rest[:30])}{'…' if len(rest) > 30 else ''}。")
     return notes
 
 
@@ -284,7 +289,7 @@ def _decode(folder: Path, files: Files, order: list[str], lead: int, file, progr
                     copies.append(f"{name} = {first[fingerprint]}")
                     continue
                 if isinstance(result, Wide):
-                    waiting.add(kept, result)
+                    waiting.add(kept, name, result)
                     file.write(bytes(result.values.size))  # 占住这一行
                 else:
                     file.write(result.tobytes())
@@ -426,7 +431,7 @@ def read_pictures(path: str | os.PathLike, image_size: int, channels: int = 3, *
             if isinstance(result, Unreadable):
                 skipped[name] = result if is_folder or result.reason else Unreadable("内容不是认得的图片")
             elif isinstance(result, Wide):
-                waiting.add(len(rows), result)
+                waiting.add(len(rows), name, result)
                 rows.append(np.empty(0, np.uint8))
             else:
                 rows.append(result)
