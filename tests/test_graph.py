@@ -147,7 +147,8 @@ def test_resuming_across_the_graph_and_the_eager_loop_gives_the_same_numbers(dat
             stopping.setattr(
                 stepper.Stepper, "__call__", lambda *a: (seen.append(1), len(seen) == 7 and signal.raise_signal(signal.SIGINT), real_step(*a))[-1]
             )
-            run(data, out=out)
+            with pytest.raises(KeyboardInterrupt):
+                run(data, out=out)
         saved = load_checkpoint(out)
         assert saved["step"] == 7 and isinstance(saved["optimizer"]["param_groups"][0]["lr"], float)
         with monkeypatch.context() as other:

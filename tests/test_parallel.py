@@ -133,6 +133,18 @@ def test_a_killed_process_ends_all_with_a_loadable_checkpoint(tmp_path, victim):
     alone("--epochs", load_checkpoint(tmp_path)["step"] // 6 + 1, "--resume", "--out", tmp_path)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_one_process_stops_all_and_saves(tmp_path, number):
+    process = together("--epochs", 10_000, "--out", tmp_path)
+    while process.poll() is None and not ((tmp_path / CHECKPOINT).exists() and load_checkpoint(tmp_path)["step"] >= 12):
+        time.sleep(0.02)
+    os.kill(child(process.pid, 1), number)
+    output, _ = process.communicate(timeout=60)
+    step = load_checkpoint(tmp_path)["step"]
+    assert process.returncode != 0 and f"已停下，第 {step} 步的进度存好了" in output, output
+    assert "失去了联系" not in output and "接下来可以试" not in output and "SIGABRT" not in output
+
+
 def child(parent: int, rank: int) -> int:
     """torchrun 的第 ``rank`` 个子进程。"""
     if not os.path.isdir("/proc/self/task"):

@@ -23,6 +23,7 @@ from vaelab.checkpoint import CHECKPOINT, HISTORY, load_checkpoint, load_model
 from vaelab.config import TrainConfig, TrainingError
 from vaelab.data import load
 from vaelab.images import batches, to_float
+from vaelab.interrupts import Terminated, terminated_by_signal
 from vaelab.memory import out_of_memory
 from vaelab.plan import COMPILE_STEPS, Plan, bf16_speedup, make_plan
 from vaelab.processes import pick_device
@@ -307,8 +308,10 @@ def test_resume_gives_the_numbers_of_an_unbroken_run(data, tmp_path, monkeypatch
     real = stepper.train_step
     monkeypatch.setattr(stepper, "train_step", lambda *a: (seen.append(1), len(seen) == 8 and signal.raise_signal(number), real(*a))[-1])
     part = new_model()
-    rows = train(part, data, CONFIG, tmp_path / "b", device="cpu", progress=False)
-    assert len(rows) == 1 and load_checkpoint(tmp_path / "b")["step"] == 8  # 每轮 5 步，停在第 2 轮中间
+    with terminated_by_signal(), pytest.raises(Terminated if number == signal.SIGTERM else KeyboardInterrupt):
+        train(part, data, CONFIG, tmp_path / "b", device="cpu", progress=False)
+    saved = load_checkpoint(tmp_path / "b")
+    assert len(saved["history"]) == 1 and saved["step"] == 8  # 每轮 5 步，停在第 2 轮中间
     assert not same_weights(whole, part)
 
     resumed = new_model(seed=99)

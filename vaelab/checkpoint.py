@@ -100,6 +100,12 @@ class Run:
         )
         self.log.epoch(self.history[-1])
 
+    def start(self) -> None:
+        """从头开始：绝不写进已有检查点的文件夹；从第一步之前起，任何时刻被杀都有可载入的检查点。"""
+        if self.path and (self.path / CHECKPOINT).exists():
+            raise ValueError(f"{self.path} 里已有检查点；请加 resume=True 接着训练，或把 out 换成另一个文件夹。")
+        self.save()
+
     def save(self) -> None:
         """检查点先写在旁边，写全后改名就位；历史随检查点走，CSV 由它写出。
 

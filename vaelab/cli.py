@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 
 from vaelab import choose, using
-from vaelab.arguments import build_parser
-from vaelab.config import MODEL_DEFAULTS, TrainConfig, TrainingError
+from vaelab.arguments import build_parser, check_early
+from vaelab.config import MODEL_DEFAULTS, TrainConfig
 from vaelab.data import NAMES
 from vaelab.evaluate import Evaluation, evaluate
 from vaelab.files import shown
 from vaelab.images import ImageSet
+from vaelab.interrupts import Terminated, explain, terminated_by_signal
+from vaelab.parser import UsageError
 from vaelab.processes import World, join, pick_device
 from vaelab.runs import DATA_DEFAULTS, claim, command, load_data
 from vaelab.train import train
@@ -28,28 +30,35 @@ from vanilla_vae import VanillaVAE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """命令行入口；返回退出码，0 为成功，1 为出错（原因写到标准错误）。"""
+    """命令行入口；返回退出码，原因写到标准错误。
+
+    Returns:
+        0 成功；1 出错；2 命令写得不对；130 按了 Ctrl-C，143 收到 SIGTERM（训练的进度都已存好）。
+    """
     for stream in (sys.stdout, sys.stderr):  # Windows 的终端未必默认 UTF-8
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv.insert(0, "train")
     try:
-        options = build_parser().parse_args(argv)
-        import matplotlib
+        with terminated_by_signal():
+            options = build_parser().parse_args(argv)
+            check_early(options)
+            os.environ["MPLBACKEND"] = "Agg"  # 只写文件，没有屏幕也行；环境里原来写着什么，导入时就会检查
+            import matplotlib
 
-        matplotlib.use("Agg")  # 只写文件，没有屏幕也行
-        return COMMANDS[options.command](options)
-    except torch.OutOfMemoryError:
-        print("错误：设备的内存不够用；请关掉别的程序，或加 --device cpu。", file=sys.stderr)
-        return 1
-    except (OSError, TypeError, ValueError, TrainingError) as error:
-        print(f"错误：{error}", file=sys.stderr)
-        return 1
+            matplotlib.use("Agg")
+            return COMMANDS[options.command](options)
     except KeyboardInterrupt:
         print("已中断；存好的检查点不受影响。", file=sys.stderr)
         return 130
+    except Terminated:
+        print("收到 SIGTERM，已停下；存好的检查点不受影响。", file=sys.stderr)
+        return 143
+    except Exception as error:
+        print(f"错误：{explain(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from vanilla_vae import positive_int
@@ -10,6 +9,10 @@ from vanilla_vae import positive_int
 LOSSES = ("loss", "Reconstruction_Loss", "KLD", "kld_weight")  # 每一步记下的四个数
 MODEL_DEFAULTS = {"latent_dim": 16, "hidden_dims": [16, 32, 64, 128]}  # 命令行不指明时的模型
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+MAX_SEED = 2**63 - 1  # torch.manual_seed 收的最大的数
+MAX_COUNT = 10**9  # 轮数、批大小的上限：再大一定是写错了
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,17 @@ class TrainConfig:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        positive_int("epochs", self.epochs)
-        if positive_int("batch_size", self.batch_size) == 1:
+        for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
+            if positive_int(name, value) > MAX_COUNT:
+                raise ValueError(f"{name} 应不大于 {MAX_COUNT}，收到 {value}；请减小它。")
+        if self.batch_size == 1:
             raise ValueError("batch_size 应至少为 2，收到 1：批归一化要在一批图之间统计均值与方差；请加大它。")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed 应为非负整数，收到 {self.seed!r}；请改为 0 或更大的整数。")
-        if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed 应为 0 到 2⁶³ − 1 的整数，收到 {self.seed!r}；请改为这个范围里的，例如 0。")
+        if not (_is_number(self.lr) and self.lr > 0):
             raise ValueError(f"lr（学习率）应为正数，收到 {self.lr!r}；常用 0.0005 到 0.005。")
-        weight = self.kld_weight
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight) and weight >= 0
-        if not (number or weight == "optimal"):
-            raise ValueError(f"kld_weight 应为非负数或 optimal，收到 {weight!r}；它的含义是 2σ²/D，例如 0.00025。")
+        if not (self.kld_weight == "optimal" or _is_number(self.kld_weight) and float(self.kld_weight) >= 0):
+            raise ValueError(f"kld_weight 应为非负数或 optimal，收到 {self.kld_weight!r}；它的含义是 2σ²/D，例如 0.00025。")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision 应为 {'、'.join(PRECISIONS)} 之一，收到 {self.precision!r}。")
 
@@ -55,6 +58,11 @@ class TrainConfig:
             nearest = max(2, round(self.batch_size / processes)) * processes
             raise ValueError(f"batch_size 应能由 {processes} 个进程均分，每份至少 2 张，收到 {self.batch_size}；请改用 {nearest}。")
         return images // self.batch_size
+
+
+def _is_number(value: object) -> bool:
+    """有限的实数，float32 也装得下。"""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38  # NaN 与无穷都不小于它
 
 
 class TrainingError(RuntimeError):

@@ -7,10 +7,14 @@ uint8 张量 ``[N, C, H, W]``，分成训练与测试两份。
 from __future__ import annotations
 
 import difflib
+import gzip
+import math
 import os
 import re
 import stat
-from collections.abc import Callable
+import struct
+import zlib
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -21,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vaelab.faces import faces
+from vaelab.files import shown
 from vaelab.images import ImageSet
 from vaelab.pictures import decoded_set, find_pictures, shuffled
 from vanilla_vae import positive_int
@@ -91,24 +96,87 @@ def _torchvision(class_name: str, root: Path, download: bool, **which):
         return getattr(datasets, class_name)(root, download=download, **which)
     except Exception as error:
         if download:
-            message = f"{class_name} 没能下载到 {root.resolve()}（{error}）；请检查网络，或自行取得它的文件放在那里。"
+            message = f"{class_name} 没能下载到 {shown(root.resolve())}（{error}）；请检查网络，或自行取得它的文件放在那里。"
             raise OSError(message) from error
+        there = _names(root.iterdir()) if root.is_dir() else ""
+        what = f"那里有 {there}" if there else "那里是空的" if root.is_dir() else "没有这个文件夹"
         raise FileNotFoundError(
-            f"在 {root.resolve()} 里没有完整的 {class_name}；请加 --download（在 Python 里是 download=True）下载，"
+            f"在 {shown(root.resolve())} 里没有完整的 {class_name}（{what}）；请加 --download（在 Python 里是 download=True）下载，"
             "或把解压后的文件按 torchvision 的布局放入，或用 --root（root=…）指出它在哪里。"
         ) from error
 
 
 def _torchvision_set(name: str, root: Path, image_size: int, channels: int | None, download: bool) -> ImageSet:
     class_name, label_names = _TORCHVISION[name]
+    idx = None if name == "cifar10" else _find_idx(class_name, root)
+    if idx is not None and len(idx) < 4 and not download:
+        lacking = "、".join(f"{stem}-{what}-idx{dims}-ubyte" for stem, what, dims in _IDX if (stem, what) not in idx)
+        raise FileNotFoundError(
+            f"在 {shown(root.resolve())} 里没有完整的 {class_name}：找到了 {_names(idx.values())}，缺 {lacking}（有没有 .gz 都可以）；"
+            "请把它补在一起，或加 --download（download=True）下载。"
+        )
     pair = []
     for is_train in (True, False):
-        part = _torchvision(class_name, root, download, train=is_train)
-        images = torch.as_tensor(part.data)  # 灰度 [N, H, W]，彩色 [N, H, W, C]
+        if idx is not None and len(idx) == 4:
+            images, labels = (_read_idx(idx["train" if is_train else "t10k", what], class_name) for what in ("images", "labels"))
+            if len(images) != len(labels):
+                raise ValueError(f"{shown(idx['train', 'images'].parent)} 里的图像 {len(images)} 张，标签 {len(labels)} 个，应一样多；请重新下载。")
+        else:
+            part = _torchvision(class_name, root, download, train=is_train)
+            images, labels = torch.as_tensor(part.data), torch.as_tensor(part.targets)  # 灰度 [N, H, W]，彩色 [N, H, W, C]
         images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
-        pair.append((_fit(images, image_size, channels), torch.as_tensor(part.targets, dtype=torch.int64)))
+        pair.append((_fit(images, image_size, channels), labels.to(torch.int64)))
     (train_images, train_labels), (test_images, test_labels) = pair
     return ImageSet(name, train_images, test_images, train_labels, test_labels, label_names)
+
+
+# MNIST 与 Fashion-MNIST 的四个文件
+_IDX = (("train", "images", 3), ("train", "labels", 1), ("t10k", "images", 3), ("t10k", "labels", 1))
+
+
+def _find_idx(class_name: str, root: Path) -> dict[tuple[str, str], Path] | None:
+    """四个 idx 文件在哪里：名字里是点或横线、压缩着没有、``root`` 偏了一级、解压成了文件夹，都认；一个也没有则 None。
+
+    MNIST 与 Fashion-MNIST 的文件同名，所以路径里写着另一个的不要。
+    """
+    others = {"mnist", "fashionmnist", "kmnist", "qmnist", "emnist"} - {class_name.lower()}
+    best: dict[tuple[str, str], Path] = {}
+    for nest in (f"{class_name}/raw", class_name, f"{class_name.lower()}/raw", class_name.lower(), "raw", "", f"../{class_name}/raw", "../raw"):
+        folder = root / nest
+        if others & {re.sub(r"[-_ ]", "", part.lower()) for part in folder.resolve().parts[-2:]}:
+            continue
+        found: dict[tuple[str, str], Path] = {}
+        with suppress(OSError):
+            inside = sorted(folder.iterdir())
+            for path in (*inside, *(p for each in inside if each.is_dir() and "ubyte" in each.name.lower() for p in sorted(each.iterdir()))):
+                match = re.fullmatch(r"(train|t10k|test)-(images|labels)[-._]idx[13]-ubyte(\.gz)?", path.name.lower())
+                if match and path.is_file():
+                    found.setdefault(("train" if match[1] == "train" else "t10k", match[2]), path)
+        if len(found) > len(best):
+            best = found
+    return best or None
+
+
+def _read_idx(path: Path, class_name: str) -> Tensor:
+    """一个 idx 文件（http://yann.lecun.com/exdb/mnist 的格式）→ uint8；按内容认 gzip，不看名字。"""
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        dims = data[3]
+        shape = struct.unpack_from(f">{dims}I", data, 4)
+        if data[:3] != b"\0\0\x08" or dims not in (1, 3) or len(data) != 4 + 4 * dims + math.prod(shape):
+            raise ValueError("大小与头里所说的不符")
+    except (ValueError, IndexError, struct.error, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise FileNotFoundError(
+            f"{shown(path.parent.resolve())} 里没有完整的 {class_name}：{shown(path.name)} 截断或损坏；请重新取得它，或加 --download（download=True）下载。"
+        ) from error
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+def _names(paths: Iterable[Path]) -> str:
+    names = sorted(path.name for path in paths)
+    return "、".join(shown(name) for name in names[:5]) + ("…" if len(names) > 5 else "")
 
 
 def _fit(images: Tensor, image_size: int, channels: int | None) -> Tensor:
@@ -136,7 +204,7 @@ def _celeba(root: Path, download: bool, seed: int, decode: Callable[..., ImageSe
         _torchvision("CelebA", root, download, split="all")
         folder, files = _find_celeba(root, nests)
     if not files:
-        places = "、".join(str(root.resolve() / nest) for nest in nests)
+        places = "、".join(shown(root.resolve() / nest) for nest in nests)
         raise FileNotFoundError(
             f"没有找到 CelebA 的图片（000001.jpg …），找过 {places}；请解压 img_align_celeba.zip 并用 --root（root=…）"
             "指出所在的文件夹，或加 --download（download=True）试着下载。"
@@ -173,14 +241,16 @@ def _own_pictures(source: str | os.PathLike, seed: int, decode: Callable[..., Im
     try:
         is_folder = stat.S_ISDIR(os.stat(os.path.expanduser(source)).st_mode)
     except PermissionError as error:
-        raise PermissionError(f"没有权限打开 {folder}；请检查它与上级文件夹的读取权限。") from error
+        raise PermissionError(f"没有权限打开 {shown(folder)}；请检查它与上级文件夹的读取权限。") from error
     except (OSError, ValueError):
         if Path(source).name != str(source) and source:
-            raise FileNotFoundError(f"没有文件夹 {folder.absolute()}；请检查路径的拼写。") from None
+            raise FileNotFoundError(f"没有文件夹 {shown(folder.absolute())}；请检查路径的拼写。") from None
         close = difflib.get_close_matches(str(source).lower(), NAMES, n=1)
         hint = f"你要的也许是 {close[0]}" if close else f"可用的名字有 {'、'.join(NAMES)}"
-        raise ValueError(f"没有名为 {str(source)!r} 的数据（{'、'.join(NAMES)}），也没有这个文件夹；{hint}，或给出图片文件夹的路径。") from None
+        raise ValueError(
+            f"没有名为 {shown(str(source))!r} 的数据（{'、'.join(NAMES)}），也没有这个文件夹；{hint}，或给出图片文件夹的路径。"
+        ) from None
     if not is_folder:
-        raise NotADirectoryError(f"{folder} 是一个文件，数据来源应为文件夹；请给出放着图片的文件夹。")
+        raise NotADirectoryError(f"{shown(folder)} 是一个文件，数据来源应为文件夹；请给出放着图片的文件夹。")
     files, notes = find_pictures(folder)
     return decode(folder.resolve().name, folder, files, shuffled(files, seed), lead=0, crop=None, notes=notes)

@@ -1,10 +1,15 @@
-"""训练半途停下：按了 Ctrl-C，收到 SIGTERM，内存用尽，别的进程没了；各有说得清的结局。"""
+"""训练半途停下：按了 Ctrl-C，收到 SIGTERM，内存用尽，别的进程没了；各有说得清的结局；各种错误说成一句话。"""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import shlex
 import signal
+import subprocess
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -14,22 +19,45 @@ from vaelab.memory import out_of_memory
 from vaelab.processes import World, current_world
 
 
+class Terminated(BaseException):
+    """收到了 SIGTERM；只在 :func:`terminated_by_signal` 里有。"""
+
+
+class Stop:
+    """有没有要求停下；``number`` 是收到的信号。"""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __call__(self) -> bool:
+        return self.number is not None
+
+    def by_any(self) -> None:
+        """别的进程要求停下而停的，也算收到 SIGTERM：各进程的结局相同，谁也不当作走完了。"""
+        self.number = self.number or signal.SIGTERM
+
+
 @contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C（SIGINT）与 SIGTERM 只记下来，由循环在一步走完之后停下；再按一次 Ctrl-C 立即中断。只有主线程能装信号处理。"""
-    requested = threading.Event()
+def stop_on_signal(run: Run, speak: bool = False) -> Iterator[Stop]:
+    """Ctrl-C（SIGINT）与 SIGTERM 先记下来，由循环在一步走完、存好之后停下；离开时再交给原来的处理，调用者照常收到。
+
+    再按一次 Ctrl-C 立即中断；几个进程时不理第二次，因为 torchrun 会替每个进程再按一次。只有主线程能装信号处理。
+    """
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield requested.is_set
+        yield stop
         return
 
     def handler(signum: int, frame: object) -> None:
-        if requested.is_set() and signum == signal.SIGINT:
+        if stop() and signum == signal.SIGINT and current_world().size == 1:
             raise KeyboardInterrupt
-        requested.set()
+        stop.number = stop.number or signum
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield requested.is_set
+        yield stop
+        if speak and stop():
+            print(_how_to_go_on(run), flush=True)
     except BaseException:
         if current_world().size > 1:  # torchrun 看见有进程死了，就向其余的发 SIGTERM；不理它，才来得及说出原因
             previous[signal.SIGTERM] = signal.SIG_IGN
@@ -37,6 +65,73 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+    if stop.number is not None:
+        signal.raise_signal(stop.number)
+
+
+def _how_to_go_on(run: Run) -> str:
+    if run.path is None:
+        return f"已停在第 {run.step} 步；没有给 out，进度没有存下。"
+    if run.step >= run.config.epochs * run.steps_per_epoch:
+        return f"已停下；训练恰好走完，结果存在 {run.path}。"
+    folder = subprocess.list2cmdline([str(run.path)]) if os.name == "nt" else shlex.quote(str(run.path))
+    return f"已停下，第 {run.step} 步的进度存好了；接着训练：python vanilla_vae.py train --resume --out {folder}"
+
+
+@contextmanager
+def terminated_by_signal() -> Iterator[None]:
+    """其间收到 SIGTERM 就报 :class:`Terminated`，好让打开的文件、会合的进程来得及收拾；只有主线程能装信号处理。"""
+
+    def handler(signum: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def explain(error: BaseException) -> str:
+    """一个错误说成一句中文。
+
+    本项目自己报的照原样；系统的按错误号说；其余是没有料到的，说出是什么、在哪里。设了环境变量 ``VAELAB_DEBUG`` 就原样抛出。
+    """
+    text = str(error)
+    if os.environ.get("VAELAB_DEBUG"):
+        raise error
+    if isinstance(error, OSError) and error.errno is not None:
+        names = "、".join(repr(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes)))
+        reason = _SYSTEM.get(error.errno, f"系统错误 {errno.errorcode.get(error.errno, error.errno)}")
+        return f"{names + ' ' if names else ''}{reason}。"
+    if re.search("[\u4e00-\u9fff].*。$", text, re.DOTALL):
+        return text
+    if isinstance(error, MemoryError) or out_of_memory(error):
+        return "内存不够用；请关掉别的程序，减小 --batch-size、--num 或 --image-size，在 GPU 上也可以加 --device cpu。"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.basename(place.filename)} 第 {place.lineno} 行"
+    return f"没有料到的 {type(error).__name__}（{where}：{' '.join(text.split())[:120]}）；请设 VAELAB_DEBUG=1 再运行一次，把全部输出报告出来。"
+
+
+_SYSTEM = {
+    errno.ENOENT: "不存在；请检查路径",
+    errno.EACCES: "不许这个用户读写；请改权限，或换一个位置",
+    errno.EPERM: "不许这样操作；请改权限，或换一个位置",
+    errno.EEXIST: "已经存在；请换一个名字",
+    errno.EISDIR: "是文件夹，这里要的是文件；请写明文件名",
+    errno.ENOTDIR: "的上级不是文件夹；请检查路径",
+    errno.ENOSPC: "写不下，磁盘满了；请腾出空间",
+    errno.EDQUOT: "写不下，配额用完了；请腾出空间",
+    errno.EROFS: "在只读的磁盘上；请换一个位置",
+    errno.ENAMETOOLONG: "名字太长；请换一个短的",
+    errno.ELOOP: "的符号链接绕成了圈；请检查路径",
+    errno.EIO: "读写时磁盘出错；请检查磁盘",
+    errno.EMFILE: "打不开，同时打开的文件太多；请用 ulimit -n 放宽",
+    errno.EPIPE: "输出的另一头已经关了；请不要中途关掉它",
+}  # 系统自己的话是英文，随语言环境变
 
 
 @contextmanager

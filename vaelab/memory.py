@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import sys
 
@@ -54,6 +55,23 @@ def available_memory(device: torch.device) -> int:
         return free
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return free if soft == resource.RLIM_INFINITY else min(free, soft - psutil.Process().memory_info().vms)
+
+
+def model_memory(model_args: dict) -> float:
+    """一份参数要多少字节；只在 meta 设备上建，不占内存。大到数不出来就是 ``inf``。参数的错误同 :class:`VanillaVAE`。"""
+    try:
+        with torch.device("meta"):
+            return 4.0 * sum(parameter.numel() for parameter in VanillaVAE(**model_args).parameters())
+    except (RuntimeError, OverflowError):  # 元素的个数超出 int64
+        return math.inf
+
+
+def require_memory(need: float, what: str, remedy: str) -> None:
+    """做之前先算：``what`` 要 ``need`` 字节，此刻的内存装不下就报 ValueError。"""
+    free = available_memory(torch.device("cpu"))
+    if need > free:
+        much = f"约需 {need / 1e9:,.1f} GB" if math.isfinite(need) else "要的内存大得数不出来"
+        raise ValueError(f"{what}应装得进内存，{much}，能用的有 {free / 1e9:.1f} GB；{remedy}。")
 
 
 def too_large(model: VanillaVAE, batch: int, precision: str, memory: int, exhausted: bool = False) -> str | None:

@@ -1,162 +1,338 @@
-"""图片文件夹：找到图片，解码成 uint8，写进缓存；解码只做一次，以后直接内存映射。"""
+"""图片文件夹：找到图片，解码成 uint8，合成一份数据；解码只做一次，以后取自缓存。"""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
-import mmap
 import os
-import secrets
 import stat
-import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
-import psutil
 import torch
 from filelock import FileLock  # torch 自身的依赖，装了 torch 就有
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vaelab.cache import build_cache, cache_place, open_cache, size_note
+from vaelab.decode import Unreadable, Wide, decode_picture, formats, no_pixel_limit, picture_suffixes
+from vaelab.files import shown
 from vaelab.images import ImageSet
 
-# PIL 登记了扩展名、却不是位图的格式：文档、矢量图、视频、气象数据。
-_NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MCIDAS", "MPEG", "PALM", "PDF", "WMF"}
-# 只列缺解码器的手机格式：不列，它们会被当作无关文件悄悄略过。
-_PHONE_SUFFIXES = {".heic", ".heif"}
-_MAX_PIXELS = 2**26  # 8192×8192；再大的不解码，以免一个小文件撑满内存
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
+# 缩略图、回收站、压缩包的残留：里面的图是别处那些的副本，或是已经删掉的
+_ASIDE = {"@eadir", "#recycle", "$recycle.bin", "recycler", "lost+found", "__macosx", ".thumbnails", "thumbs", "@recycle", "#snapshot"}
+# 不解码、但要数出来的：相机的原始数据（里面的 TIFF 只是缩略图）、矢量图、视频
+_LEFT_OUT = {
+    "RAW（请用 rawpy 或相机的软件先转成 JPEG）": (
+        ".nef .nrw .cr2 .cr3 .crw .arw .srf .sr2 .dng .orf .rw2 .raf .pef .srw .x3f .3fr .fff .iiq .rwl .mrw .kdc .dcr .erf .mef .mos"
+    ),
+    "矢量图（请先导出为 PNG）": ".svg .svgz .ai .cdr",
+    "视频（请先截成图片）": ".mp4 .mov .avi .mkv .webm .m4v .wmv .flv .mts .m2ts .3gp",
+    "编辑软件的工程（请先导出为 PNG）": ".psb .xcf .kra .clip .afphoto .procreate .sai2",
+    "医学影像（请先转成 PNG）": ".dcm .nii",
+    "HDR（请先转成 TIFF 或 PNG）": ".exr .hdr",
+}
+_KIND_LEFT_OUT = {suffix: kind for kind, suffixes in _LEFT_OUT.items() for suffix in suffixes.split()}
+_RUN_MARK = "checkpoint.pt"  # 有它的文件夹是一次训练的结果，里面的图不是数据
+
+Files = dict[str, os.stat_result | None]
 
 
-def find_pictures(folder: Path) -> tuple[dict[str, os.stat_result | None], tuple[str, ...]]:
-    """可能是图片的文件：相对路径 → stat（断开的链接为 None），以及要告诉使用者的话。"""
-    suffixes = {s for s, kind in Image.registered_extensions().items() if kind not in _NOT_PICTURES} | _PHONE_SUFFIXES
-    files: dict[str, os.stat_result | None] = {}
-    seen, closed = set(), []
+def _listed(names: Iterable[str], count: int) -> str:
+    """列出前几个名字，多的用省略号。"""
+    names = list(names)
+    return "、".join(shown(name) for name in names[:count]) + ("…" if len(names) > count else "")
+
+
+def find_pictures(folder: Path) -> tuple[Files, tuple[str, ...]]:
+    """可能是图片的文件：相对路径 → stat（断开的链接为 None），以及要告诉使用者的话。
+
+    扩展名不认得的也算，留给解码时看内容；缩略图、回收站与本项目的运行文件夹不进去；指向同一个文件的只留一个。
+    """
+    suffixes = picture_suffixes()
+    files: Files = {}
+    seen, closed, aside, runs, linked = set(), [], [], [], []
+    left_out: dict[str, list[str]] = {}
+    same: dict[tuple[int, int, int], str] = {}
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=closed.append):
-        real = os.path.realpath(parent)
+        real, here = os.path.realpath(parent), Path(parent)
         # 链接可以指回上级；真实路径只进一次，就不会绕圈。
-        folders[:] = [] if real in seen else sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
         if real in seen:
+            folders[:] = []
+            continue
+        if _RUN_MARK in names:
+            runs.append(here.relative_to(folder).as_posix())
+            folders[:] = []
             continue
         seen.add(real)
-        for name in names:
-            path = Path(parent, name)
-            suffix = path.suffix.lower()
-            if name[0] == "." or (suffix and suffix not in suffixes):
+        aside += [(here / f).relative_to(folder).as_posix() for f in sorted(folders) if _is_aside(f)]
+        folders[:] = sorted(f for f in folders if f[0] != "." and not _is_aside(f))
+        for name in sorted(names):
+            path = here / name
+            suffix, relative = path.suffix.lower(), path.relative_to(folder).as_posix()
+            if name[0] == ".":
+                continue
+            if suffix in _KIND_LEFT_OUT and suffix not in suffixes:
+                left_out.setdefault(_KIND_LEFT_OUT[suffix], []).append(relative)
                 continue
             try:
                 status = path.stat()
             except OSError:
                 status = None
-            if stat.S_ISREG(status.st_mode) if status else suffix:  # 管道与设备一打开就会等下去
-                files[path.relative_to(folder).as_posix()] = status
-    if closed and not files:
-        raise PermissionError(f"没有权限打开 {closed[0].filename}；请检查它的读取权限。")
+            if not (stat.S_ISREG(status.st_mode) if status else suffix in suffixes):  # 管道与设备一打开就会等下去
+                continue
+            if status and status.st_ino:
+                first = same.setdefault((status.st_dev, status.st_ino, status.st_size), relative)
+                if first != relative:
+                    if not path.is_symlink() and (folder / first).is_symlink():  # 留下真的那个
+                        same[status.st_dev, status.st_ino, status.st_size] = relative
+                        del files[first]
+                        files[relative], relative = status, first
+                    linked.append(relative)
+                    continue
+            files[relative] = status
+    notes = []
+    if closed:
+        notes.append(f"跳过 {len(closed)} 个没有权限打开的子文件夹：{shown(closed[0].filename)}…。")
+    if aside:
+        notes.append(f"没有进 {len(aside)} 个缩略图或回收站文件夹：{_listed(aside, 3)}。")
+    if runs:
+        notes.append(f"没有进 {len(runs)} 个本项目的运行文件夹，里面的图不是数据：{_listed(runs, 3)}。")
+    if linked:
+        notes.append(f"{len(linked)} 个链接指向这里已有的图片，只留一张：{_listed(linked, 3)}。")
+    notes += [f"没有读 {len(found)} 个 {kind}：{_listed(found, 3)}。" for kind, found in left_out.items()]
     if not files:
-        raise ValueError(f"{folder.absolute()} 里没有图片；请放入 .jpg、.png 等图片，可以分在子文件夹里。")
-    notes = (f"跳过 {len(closed)} 个没有权限打开的子文件夹：{closed[0].filename}…",) if closed else ()
-    return files, notes
+        if closed:
+            raise PermissionError(f"没有权限打开 {shown(closed[0].filename)}；请检查它的读取权限。")
+        raise ValueError(f"{shown(folder.absolute())} 里没有图片；{''.join(notes)}请放入 .jpg、.png 等图片，可以分在子文件夹里。")
+    return files, tuple(notes)
 
 
-def shuffled(names: dict[str, os.stat_result | None], seed: int) -> list[str]:
+def _is_aside(name: str) -> bool:
+    return name.casefold() in _ASIDE or name.casefold().startswith(".trash")
+
+
+def shuffled(names: Files, seed: int) -> list[str]:
     """按散列排序：与随机数库的版本无关，而且增删一张图片不会打乱其余图片的先后。"""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:".encode() + os.fsencode(name)).digest())
 
 
-def _read_picture(path: Path, image_size: int, channels: int, crop: int | None) -> np.ndarray:
-    """一个文件 → uint8 ``[C, image_size, image_size]``；取中央的正方形（边长至多 ``crop``）再缩放。"""
-    with Image.open(path, formats=[kind for kind in Image.OPEN if kind not in _NOT_PICTURES]) as image:
-        if crop is None:
-            image.draft(None, (2 * image_size, 2 * image_size))  # JPEG 可以直接解码成 1/2、1/4、1/8 大小
-        if image.width * image.height > _MAX_PIXELS:
-            raise Image.DecompressionBombError
-        scale_known = image.format in ("PNG", "PPM") or image.mode.startswith("I;16")
-        ImageOps.exif_transpose(image, in_place=True)
-        side = min(crop or image.width, image.width, image.height)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side))
-    if square.mode[0] in "IF":  # 16 位、32 位整数与浮点；PIL 自己转换时会把 255 以上截掉
-        values = np.nan_to_num(np.asarray(square).astype(np.float32))
-        # 32 位整数与浮点没有约定的白：取 1、255、65535 中装得下的最小的，都装不下就取最大值。
-        white = 65535 if scale_known else next((w for w in (1, 255, 65535) if values.max() <= w), values.max())
-        square = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
-    elif square.has_transparency_data:
-        square = square.convert("RGBA")
-        square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square)
-    # CelebA 用通行做法的双线性，数值才能与别人的比；自己的图片用更清晰的 Lanczos。
-    resample = Image.Resampling.BILINEAR if crop else Image.Resampling.LANCZOS
-    square = square.convert("RGB").resize((image_size, image_size), resample)
-    pixels = np.asarray(square.convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(image_size, image_size, channels).transpose(2, 0, 1)
+# ---------------------------------------------------------------- 没有约定白点的图
 
 
-def _try_picture(path: Path, **settings) -> np.ndarray | str:
-    """解码一个文件；读不出时给出原因（空串表示它本来就不像图片，不必提起）。"""
-    try:
-        return _read_picture(path, **settings)
-    except Image.DecompressionBombError:
-        return "像素太多"
-    except FileNotFoundError:
-        return "链接断开或文件已不在"
-    except PermissionError:
-        return "没有读取权限"
-    except UnidentifiedImageError:
-        return "" if not path.suffix else "空文件" if path.stat().st_size == 0 else "内容不是认得的图片"
-    except Exception as error:  # 各种格式的解码器遇到坏数据时抛出的类型五花八门
-        return "截断或损坏" if isinstance(error, (OSError, SyntaxError)) else f"损坏：{type(error).__name__}"
+class _Scale(NamedTuple):
+    """从 ``black`` 到 ``white`` 的数变成 0 到 255；``note`` 是要说的话，空串不必说。"""
+
+    black: float
+    white: float
+    note: str
 
 
-def _decode(folder: Path, order: list[str], lead: int, file, progress: bool, **settings) -> dict:
+# 可能的白，由小到大；8 位、12 位、16 位、32 位的满格
+_WHITES = {
+    "float": (1.0, 255.0, 65535.0),
+    "int32": (255.0, 65535.0, 2.0**31 - 1, 2.0**32 - 1),
+    "int16": (255.0, 4095.0, 32767.0),
+    "int8": (127.0,),
+}
+_KIND_NAMES = {"float": "浮点", "int32": "32 位整数", "int16": "有符号 16 位", "int8": "有符号 8 位"}
+
+
+def _choose_scale(sample: np.ndarray, kind: str, whole: bool, count: int) -> _Scale:
+    """由同一批的像素定黑与白：装得下绝大多数像素的最小的白；个别像素越界不改变它。
+
+    只有 0 与 1 的浮点图像是一批 0–255 里暗的那几张，所以整数值的浮点图至少按 255；有许多负数的（CT）按两端拉开。
+    """
+    low, high = (float(q) for q in np.quantile(sample, (0.005, 0.995)))
+    name = f"{count} 张{_KIND_NAMES[kind]}图"
+    whites = [w for w in _WHITES[kind] if not (whole and w == 1)]
+    white = next((w for w in whites if high <= 1.1 * w), high)
+    if low < -0.05 * white or (kind != "float" and low < 0):
+        if kind == "float" and not whole and low >= -1.1 and high <= 1.1:
+            low, high = -1.0, 1.0
+        elif high <= low:
+            high = low + 1
+        return _Scale(low, high, f"{name}里有负数，按 {low:g} 为黑、{high:g} 为白。")
+    if not whole and white > whites[0] and high < white / 16:  # 例如深度图 0–10 米：按 255 只会是一片黑
+        white = high
+    if white not in whites:
+        return _Scale(0.0, white or 1.0, f"{name}没有约定的白，按 {white:g} 为白。")
+    if kind == "float" and whole and high <= 1:
+        return _Scale(0.0, white, f"{name}的值只有 0 与 1，按 0–255 的图读，几乎全黑；若是蒙版，请先乘以 255。")
+    return _Scale(0.0, white, "")
+
+
+def _to_bytes(wide: Wide, scale: _Scale) -> np.ndarray:
+    levels = (wide.values - np.float32(scale.black)) * np.float32(255 / (scale.white - scale.black))
+    grey = levels.round().clip(0, 255).astype(np.uint8)
+    return 255 - grey if wide.inverted else grey
+
+
+class _Waiting:
+    """等着定白点的图：像素写在临时文件里，看完全系列才换算；内存与张数无关。"""
+
+    def __init__(self, folder: str | None) -> None:
+        self._spill = tempfile.TemporaryFile(dir=folder)
+        self._rows: list[tuple[int, Wide]] = []  # 行号，与去掉像素的 Wide
+        self._shape: tuple[int, ...] = ()
+
+    def add(self, row: int, wide: Wide) -> None:
+        self._spill.write(wide.values.tobytes())
+        self._rows.append((row, wide._replace(values=np.empty(0, np.float32))))
+        self._shape = wide.values.shape
+
+    def _each(self, kind: str) -> Iterable[tuple[int, Wide]]:
+        size = 4 * math.prod(self._shape)
+        for index, (row, wide) in enumerate(self._rows):
+            if wide.kind == kind:
+                self._spill.seek(index * size)
+                yield row, wide._replace(values=np.frombuffer(self._spill.read(size), np.float32).reshape(self._shape))
+
+    def settle(self, write: Callable[[int, np.ndarray], object]) -> list[str]:
+        """定白点，``write(行号, uint8 像素)`` 写到各自的行；返回要说的话。"""
+        notes = []
+        for kind, count in Counter(wide.kind for _, wide in self._rows).items():
+            step = max(1, count * math.prod(self._shape) // 2**22)  # 至多看四百万个像素
+            sample = np.concatenate([wide.values.ravel()[::step] for _, wide in self._each(kind)])
+            whole = all(wide.whole for _, wide in self._rows if wide.kind == kind)
+            scale = _choose_scale(sample, kind, whole, count)
+            for row, wide in self._each(kind):
+                write(row, _to_bytes(wide, scale))
+            notes += [scale.note] if scale.note else []
+        self._spill.close()
+        return notes
+
+
+# ---------------------------------------------------------------- 解码一批
+
+
+def _skip_notes(skipped: dict[str, Unreadable]) -> list[str]:
+    """缺解码器的按装什么分开说，其余合成一句。"""
+    named = {name: each for name, each in skipped.items() if each.reason}
+    needed = sorted({each.reason for each in named.values() if each.retry == "decoder" and "装上" in each.reason})
+    notes = []
+    for reason in needed:
+        names = [name for name, each in named.items() if each.reason == reason]
+        notes.append(f"没有读 {len(names)} 个 {reason}：{_listed(names, 3)}。")
+    rest = [f"{shown(name)}（{each.reason}）" for name, each in named.items() if each.reason not in needed]
+    if rest:
+        notes.append(f"跳过 {len(rest)} 个读不出的文件：{'、'.join(rest[:5])}{'…' if len(rest) > 5 else ''}。")
+    return notes
+
+
+def _fingerprint(path: Path) -> bytes:
+    """文件字节的散列。"""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.digest()
+
+
+def _decode(folder: Path, files: Files, order: list[str], lead: int, file, progress: bool, unique: bool, **settings) -> dict:
     """并行解码，按 ``order`` 的先后把读得出的写进 ``file``（.npy 格式）。
 
     内存与图片数无关：每次只有一小段在解码，写完才取下一段。.npy 的头为行数留了位置，最后填上真实的行数。
+    ``unique`` 时内容完全相同的副本只留一张：副本分进训练与测试两边，测试就不算数了。
 
     Returns:
-        ``shape``、测试图片数 ``test``（它们排在最前）、``notes``。
+        ``shape``、测试图片数 ``test``（它们排在最前）、``notes``，下次要再试的文件 ``retry``，
+        与读不出、可能只缺解码器时的 ``formats``（否则为 None）。
     """
     tail = (settings["channels"], settings["image_size"], settings["image_size"])
     header = {"descr": "|u1", "fortran_order": False, "shape": (0, *tail)}
     np.lib.format.write_array_header_1_0(file, header)
-    kept, kept_lead, skipped = 0, 0, []
-    Image.init()  # 登记全部格式，要在开线程之前
+    start_of_rows, kept, kept_lead = file.tell(), 0, 0
+    skipped: dict[str, Unreadable] = {}
+    first: dict[bytes, str] = {}
+    copies: list[str] = []
+    sizes = Counter(status.st_size for status in files.values() if status)
+    here = os.path.dirname(file.name) if isinstance(getattr(file, "name", None), str) else None
+    waiting = _Waiting(here)
+    known = formats()  # 登记全部格式，要在开线程之前
+
+    def work(name: str) -> tuple[np.ndarray | Wide | Unreadable, bytes]:
+        result, status = decode_picture(folder / name, **settings), files[name]
+        try:
+            alone = isinstance(result, Unreadable) or not unique or status is None or sizes[status.st_size] == 1
+            return result, b"" if alone else _fingerprint(folder / name)  # 大小独一无二的，不会有副本
+        except OSError:
+            return result, b""
+
     workers = min(16, os.cpu_count() or 1)
     bar = tqdm(total=len(order), desc="解码图片", unit="张", disable=not progress)
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool, bar:
+    with warnings.catch_warnings(), no_pixel_limit(), ThreadPoolExecutor(workers) as pool, bar:
         warnings.simplefilter("ignore")  # 坏文件由 notes 交代，PIL 的英文警告不必再出现
         for start in range(0, len(order), 16 * workers):
             names = order[start : start + 16 * workers]
-            results = pool.map(partial(_try_picture, **settings), [folder / name for name in names])
-            for row, (name, result) in enumerate(zip(names, results), start):
+            for row, (name, (result, fingerprint)) in enumerate(zip(names, pool.map(work, names)), start):
                 bar.update()
-                if isinstance(result, str):
-                    skipped += [f"{name}（{result}）"] if result else []
+                if isinstance(result, Unreadable):
+                    skipped[name] = result
                     continue
-                file.write(result.tobytes())
+                if fingerprint and first.setdefault(fingerprint, name) != name:
+                    copies.append(f"{name} = {first[fingerprint]}")
+                    continue
+                if isinstance(result, Wide):
+                    waiting.add(kept, result)
+                    file.write(bytes(result.values.size))  # 占住这一行
+                else:
+                    file.write(result.tobytes())
                 kept, kept_lead = kept + 1, kept_lead + (row < lead)
-    listed = "、".join(skipped[:5]).encode("utf-8", "replace").decode()  # 文件名可能不是合法的 UTF-8
-    notes = [f"跳过 {len(skipped)} 个读不出的文件：{listed}{'…' if len(skipped) > 5 else ''}。"] if skipped else []
+    notes = _skip_notes(skipped)
+    if kept < 2 and copies:  # 只有一张图与它的副本：留着，至少能跑
+        file.seek(0)
+        file.truncate()
+        record = _decode(folder, files, order, lead, file, False, False, **settings)
+        record["notes"].append(f"读得出的 {record['shape'][0]} 张内容都相同，测试不会说明什么。")
+        return record
+    if copies:
+        notes.append(f"{len(copies)} 张内容完全相同的副本只留一张：{_listed(copies, 3)}。")
+    if not kept and not any(each.reason for each in skipped.values()):
+        raise ValueError(f"{shown(folder.absolute())} 里没有图片；请放入 .jpg、.png 等图片，可以分在子文件夹里。")
     if kept < 2:
-        raise ValueError(f"{folder.absolute()} 里读得出的图片应至少有 2 张（训练、测试各一），实际 {kept} 张；{''.join(notes)}请放入更多完好的图片。")
+        place = shown(folder.absolute())
+        raise ValueError(f"{place} 里读得出的图片应至少有 2 张（训练、测试各一），实际 {kept} 张；{''.join(notes)}请放入更多完好的图片。")
+
+    def write(row: int, pixels: np.ndarray) -> None:
+        file.seek(start_of_rows + row * pixels.nbytes)
+        file.write(pixels.tobytes())
+
+    notes += waiting.settle(write)
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, {**header, "shape": (kept, *tail)})
     test = kept_lead if 0 < kept_lead < kept else max(1, round(kept / 10))
-    return {"shape": [kept, *tail], "test": test, "notes": notes}
+    retry = [os.fsencode(name).hex() for name, each in skipped.items() if each.retry == "system"]
+    undecoded = any(each.retry == "decoder" for each in skipped.values())
+    return {"shape": [kept, *tail], "test": test, "notes": notes, "retry": retry, "formats": known if undecoded else None}
+
+
+def _manifest(files: Files, order: list[str], lead: int) -> str:
+    """这一批文件的散列。修改时间与大小可以照抄（cp -p、rsync -t），ctime 不能；Windows 上它是创建时间，要加上文件编号。"""
+    digest = hashlib.sha256(f"{_CACHE_VERSION} {PIL.__version__} {lead}".encode())
+    for item in order:
+        status = files[item]
+        digest.update(os.fsencode(item) + b"\0")
+        if status:
+            number = status.st_ino if os.name == "nt" else 0  # 网络盘、U 盘上每次挂载编号都可能变
+            digest.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {number}\0".encode())
+    return digest.hexdigest()
 
 
 def decoded_set(
     name: str,
     folder: Path,
-    files: dict[str, os.stat_result | None],
+    files: Files,
     order: list[str],
     *,
     lead: int,
@@ -170,42 +346,47 @@ def decoded_set(
 ) -> ImageSet:
     """``folder`` 里的图片，按 ``order`` 的先后，前 ``lead`` 张作测试（0 表示取十分之一）；解码过就取自缓存。
 
-    缓存是一对文件：像素 ``<键>-<随机>.npy`` 与记录 ``<键>.json``。记录写明像素在哪个文件、来自怎样的一批图片，
-    它最后才改名就位，所以中途被杀不会留下能被认出的半个缓存；没有记录指着的像素文件，下次解码时清掉。
+    缓存是一对文件：像素 ``<键>-<随机>.npy`` 与记录 ``<键>.json``。记录写明像素在哪个文件、来自怎样的一批图片；
+    没有记录指着的像素文件，下次解码时清掉。因系统一时出错而跳过的，每次再试；缺解码器的，登记的格式变了就重来。
     """
     folder = folder.resolve()
-    cache_dir = cache_dir or os.environ.get("VAELAB_CACHE") or "~/.cache/vaelab"
-    cache = Path(cache_dir).expanduser().resolve()
+    cache = cache_place(cache_dir)
     if cache.is_relative_to(folder):
-        raise ValueError(f"缓存 {cache} 不应放在图片文件夹 {folder} 之内；请用环境变量 VAELAB_CACHE 指定别处。")
+        raise ValueError(f"缓存 {shown(cache)} 不应放在图片文件夹 {shown(folder)} 之内；请用环境变量 VAELAB_CACHE 指定别处。")
     key = hashlib.sha256(repr((os.fsencode(folder), image_size, channels, crop, seed)).encode()).hexdigest()[:16]
-    digest = hashlib.sha256(f"{_CACHE_VERSION} {PIL.__version__} {lead}".encode())
-    for item in order:
-        status = files[item]
-        digest.update(os.fsencode(item) + (f"\0{status.st_size}\0{status.st_mtime_ns}\0" if status else "\0").encode())
-    manifest = digest.hexdigest()
-    decode = partial(_decode, folder, order, lead, progress=progress, image_size=image_size, channels=channels, crop=crop)
+    manifest = _manifest(files, order, lead)
+    settings = {"image_size": image_size, "channels": channels, "crop": crop}
+    decode = partial(_decode, folder, files, order, lead, progress=progress, unique=crop is None, **settings)
 
-    found = _open_cache(cache, key, manifest)
+    def is_current(record: dict) -> bool:
+        if record["manifest"] != manifest or (record["formats"] is not None and record["formats"] != formats()):
+            return False
+        with warnings.catch_warnings(), no_pixel_limit():
+            warnings.simplefilter("ignore")
+            again = (decode_picture(folder / os.fsdecode(bytes.fromhex(each)), **settings) for each in record["retry"])
+            return all(isinstance(result, Unreadable) and result.retry == "system" for result in again)
+
+    found = open_cache(cache, key, is_current)
     if found is None:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             lock = FileLock(cache / f"{key}.lock").acquire()  # 几个进程同时来，只有一个解码，其余等着用
         except (OSError, NotImplementedError) as error:
-            notes += (f"缓存文件夹 {cache} 不能写（{error}），这次解码在内存里，下次要重新解码。",)
+            notes += (f"缓存文件夹 {shown(cache)} 不能写（{error}），这次解码在内存里，下次要重新解码。",)
             buffer = io.BytesIO()
             record = decode(buffer)
             buffer.seek(0)
             found = np.load(buffer), {**record, "file": None}
         else:
+            about = {"manifest": manifest, "folder": os.fsencode(folder).hex()}
             with lock:
-                found = _open_cache(cache, key, manifest) or _build_cache(cache, key, manifest, decode)
+                found = open_cache(cache, key, is_current) or build_cache(cache, key, about, decode)
     pixels, record = found
     path = record["file"] and cache / record["file"]
     images = torch.from_numpy(pixels)
     test = record["test"]
     mapped = None if path is None else (path, path.stat().st_size)
-    return ImageSet(name, images[test:], images[:test], notes=(*notes, *record["notes"]), mapped=mapped)
+    return ImageSet(name, images[test:], images[:test], notes=(*notes, *record["notes"], *size_note(cache)), mapped=mapped)
 
 
 def read_pictures(path: str | os.PathLike, image_size: int, channels: int = 3, *, limit: int | None = None) -> tuple[Tensor, tuple[str, ...]]:
@@ -217,90 +398,41 @@ def read_pictures(path: str | os.PathLike, image_size: int, channels: int = 3, *
         limit: 至多要几张；够了就不再解码。
 
     Returns:
-        uint8 ``[N, C, image_size, image_size]``（N ≥ 1），与该让使用者知道的话。
+        uint8 ``[N, C, image_size, image_size]``（N ≥ 1），与该让使用者知道的话。浮点等没有约定白点的图，按读到的这几张定白。
 
     Raises:
         ValueError, OSError: 不在、没有权限、一张也读不出；信息说明怎么办。
     """
     place = Path(path).expanduser()
     notes: tuple[str, ...] = ()
-    if place.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(place.stat().st_mode)
+    except PermissionError as error:
+        raise PermissionError(f"没有权限打开 {shown(place)}；请检查它与上级文件夹的读取权限。") from error
+    except (OSError, ValueError):
+        raise FileNotFoundError(f"没有文件或文件夹 {shown(place.absolute())}；请检查路径的拼写。") from None
+    folder, names = place.parent, [place.name]
+    if is_folder:
         files, notes = find_pictures(place)
-        paths = [place / name for name in sorted(files)]
-    elif place.exists():
-        paths = [place]
-    else:
-        raise FileNotFoundError(f"没有文件或文件夹 {place.absolute()}；请检查路径的拼写。")
-    Image.init()
-    rows, skipped = [], []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for each in paths:
-            result = _try_picture(each, image_size=image_size, channels=channels, crop=None)
-            if isinstance(result, str):
-                skipped.append(f"{each.name}（{result or '内容不是认得的图片'}）")
+        folder, names = place, sorted(files)
+    formats()  # 登记全部格式
+    rows: list[np.ndarray] = []
+    skipped: dict[str, Unreadable] = {}
+    waiting = _Waiting(None)
+    with warnings.catch_warnings(), no_pixel_limit():
+        warnings.simplefilter("ignore")  # 坏文件由 notes 交代
+        for name in names:
+            result = decode_picture(folder / name, image_size=image_size, channels=channels)
+            if isinstance(result, Unreadable):
+                skipped[name] = result if is_folder or result.reason else Unreadable("内容不是认得的图片")
+            elif isinstance(result, Wide):
+                waiting.add(len(rows), result)
+                rows.append(np.empty(0, np.uint8))
             else:
-                rows.append(torch.from_numpy(result))
+                rows.append(result)
             if len(rows) == limit:
                 break
-    if skipped:
-        notes += (f"跳过 {len(skipped)} 个读不出的文件：{'、'.join(skipped[:5])}。",)
+    notes += (*_skip_notes(skipped), *waiting.settle(rows.__setitem__))
     if not rows:
-        raise ValueError(f"{place.absolute()} 里没有读得出的图片；{''.join(notes)}请换一张完好的 .jpg 或 .png。")
-    return torch.stack(rows), notes
-
-
-def map_pixels(path: Path) -> np.ndarray:
-    """内存映射一个 uint8 的 .npy；可以比内存还大。改动只在内存里，不会写回文件。
-
-    Raises:
-        ValueError: 文件短于头里所说，或不是 .npy。
-    """
-    with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, _ = np.lib.format.read_array_header_1_0(file)
-        if os.name == "nt":
-            region = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        else:
-            # 私有、可写的映射，系统要按它的大小预留内存，比内存大就拒绝；MAP_NORESERVE 说不必。
-            reserve_nothing = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-            flags, prot = mmap.MAP_PRIVATE | reserve_nothing, mmap.PROT_READ | mmap.PROT_WRITE
-            region = mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
-        pixels = np.frombuffer(region, np.uint8, math.prod(shape), file.tell()).reshape(shape)
-    if pixels.nbytes > psutil.virtual_memory().total / 2 and hasattr(region, "madvise"):
-        region.madvise(mmap.MADV_RANDOM)  # 打乱着读、缓存装不下：每次只读要的那一页，不连着读后面的 128 KB
-    return pixels
-
-
-def _open_cache(cache: Path, key: str, manifest: str) -> tuple[np.ndarray, dict] | None:
-    """缓存完好且与 ``manifest`` 相符时，映射像素（改动只在内存里，不会写回文件）；否则 None。"""
-    with suppress(OSError, ValueError, KeyError, TypeError, EOFError):
-        record = json.loads((cache / f"{key}.json").read_text(encoding="utf-8"))
-        if record["manifest"] == manifest:
-            pixels = map_pixels(cache / record["file"])
-            if list(pixels.shape) == record["shape"]:
-                return pixels, record
-    return None
-
-
-def _build_cache(cache: Path, key: str, manifest: str, decode: Callable[..., dict]) -> tuple[np.ndarray, dict]:
-    for stale in cache.glob(f"{key}-*"):  # 拿着锁，所以它们属于过期的缓存或已死的进程
-        with suppress(OSError):  # Windows 上别的进程还映射着的删不掉，留给下一次
-            stale.unlink()
-    path = cache / f"{key}-{secrets.token_hex(4)}.npy"
-    record_path = path.with_suffix(".part")
-    try:
-        with open(path, "xb") as file:
-            record = {**decode(file), "manifest": manifest, "file": path.name}
-            file.flush()
-            os.fsync(file.fileno())
-        record_path.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(record_path, cache / f"{key}.json")
-    except BaseException as error:
-        path.unlink(missing_ok=True)
-        record_path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise OSError(f"解码缓存写不进 {cache}（{reason}）；请腾出空间，或用环境变量 VAELAB_CACHE 指定别处。") from error
-        raise
-    return map_pixels(path), record
+        raise ValueError(f"{shown(place.absolute())} 里没有读得出的图片；{''.join(notes)}请换一张完好的 .jpg 或 .png。")
+    return torch.from_numpy(np.stack(rows)), notes

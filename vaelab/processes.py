@@ -69,7 +69,7 @@ class World:
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
         """这一段由每台机器的第 0 个进程先走完，本机其余的再走；先走的出了错，后面的不再走。"""
-        ahead = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        ahead = _from_environment("LOCAL_RANK") == 0
         if self.size > 1 and not ahead:
             try:
                 dist.barrier()
@@ -90,18 +90,20 @@ def current_world() -> World:
 def pick_device(device: str | torch.device = "auto") -> torch.device:
     """``auto`` 依次选 cuda、mps、cpu；指名的设备须真在。几个进程时，每个进程用自己的那一块 GPU。"""
     if str(device) in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{process_gpu(int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count())}"
+        device = f"cuda:{process_gpu(_from_environment('LOCAL_RANK'), torch.cuda.device_count())}"
     if str(device) == "auto":
         return torch.device("mps" if torch.backends.mps.is_available() and current_world().size == 1 else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.ones(1, device=chosen).item()  # 真的算得出一个数：meta 上建得了张量，却没有数
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)  # 流、事件、通信都以它为准
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        have = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-        raise ValueError(f"用不了设备 {device}；这台机器上有 {'、'.join(have)}，请改用其中之一或 auto。") from error
-    return chosen
+    except Exception as error:  # 各后端抛出的类型不一：没有编译进来，没有驱动，编号太大，名字不认得
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        have = ["cpu", *(f"cuda:{index}" for index in range(gpus)), *["mps"] * torch.backends.mps.is_available()]
+        name = str(device) if str(device).isprintable() else repr(str(device))
+        raise ValueError(f"用不了设备 {name[:40]}；这台机器上有 {'、'.join(have)}，请改用其中之一或 auto。") from error
+    return torch.device("cpu") if chosen.type == "cpu" else chosen  # cpu:3 也就是 cpu
 
 
 def process_gpu(local_rank: int, gpus: int) -> int:
@@ -111,6 +113,14 @@ def process_gpu(local_rank: int, gpus: int) -> int:
             f"每个进程应有自己的 GPU，这台机器有 {gpus} 块，却起了至少 {local_rank + 1} 个进程；请用 --nproc_per_node {gpus}，或加 --device cpu。"
         )
     return local_rank
+
+
+def _from_environment(name: str, default: int = 0) -> int:
+    """torchrun 设的环境变量；没有就是 ``default``，不是非负整数就报 ValueError。"""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"环境变量 {name} 应为非负整数，由 torchrun 设好，收到 {text[:40]!r}；请 unset {name} 再试。")
+    return int(text)
 
 
 @contextmanager
@@ -127,12 +137,15 @@ def join(device: str = "auto", timeout: float = 300.0) -> Iterator[World]:
         TrainingError: 有进程没有来。
         ValueError: 进程比 GPU 多。
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1 or not dist.is_available() or not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+    size = _from_environment("WORLD_SIZE", 1)
+    if size <= 1 or not dist.is_available() or not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         yield World()
         return
-    chosen = pick_device(device)
-    rank = int(os.environ["RANK"])
+    if not 0 < timeout <= 1e6:
+        raise ValueError(f"等其余进程的秒数应大于 0，不超过 1000000，收到 {timeout!r}；默认是 300。")
+    chosen, rank, port = pick_device(device), _from_environment("RANK"), _from_environment("MASTER_PORT", 29500)
+    if rank >= size or not 0 < port < 2**16:
+        raise ValueError(f"环境变量 RANK 应小于 WORLD_SIZE，MASTER_PORT 应在 1 与 65535 之间，收到 {rank}、{size}、{port}；请用 torchrun 启动。")
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
         store = dist.PrefixStore("vaelab", store)
@@ -154,10 +167,10 @@ def join(device: str = "auto", timeout: float = 300.0) -> Iterator[World]:
     try:
         yield World(rank, size)
         dist.barrier()  # 等大家都做完再散，先走的不至于让还在通信的断线
+    finally:
         # DDP 用过的 gloo，散开之后线程还在：手里最后一件活要拿到 GIL 才放得下。解释器恰在此时退出，进程会中止（SIGABRT）；
         # 等一下，让它放下。
         time.sleep(0.2)
-    finally:
         dist.destroy_process_group()
 
 

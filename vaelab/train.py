@@ -3,15 +3,13 @@
 每一步的随机数只取决于种子与步数，每一轮的次序只取决于种子与轮数，
 所以从检查点续训与一口气训完，几个进程与一个进程，走的是同样的路、得到同样的数（舍入除外）。
 
-循环之外的各有自己的文件：接线在 ``stepper.py``，一步在 ``step.py``，为什么这样跑在 ``plan.py``，
-检查点与历史在 ``checkpoint.py``，几个进程在 ``processes.py``，半途停下在 ``interrupts.py``。
+循环之外：接线在 ``stepper.py``，一步在 ``step.py``，为什么这样跑在 ``plan.py``，检查点在 ``checkpoint.py``，半途停下在 ``interrupts.py``。
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,13 +20,14 @@ from vaelab.config import TrainConfig
 from vaelab.evaluate import evaluate
 from vaelab.files import hold
 from vaelab.images import ImageSet
-from vaelab.interrupts import clear_errors, stop_on_signal
+from vaelab.interrupts import Stop, clear_errors, stop_on_signal
 from vaelab.plan import make_plan
 from vaelab.processes import current_world, pick_device
 from vaelab.step import learning_rate
 from vaelab.steplog import StepLog, whole_number
 from vaelab.stepper import Stepper
 from vaelab.transfer import fetch_later
+from vaelab.watch import look
 from vanilla_vae import VanillaVAE
 
 
@@ -53,7 +52,8 @@ def train(
 ) -> list[dict]:
     """训练 ``model``（就地改动），每一轮之后在测试集上评价，并存下检查点。
 
-    按 Ctrl-C（或收到 SIGTERM）会在当前这一步之后停下：存一份精确到步的检查点，``resume=True`` 从那里接着走。
+    按 Ctrl-C（或收到 SIGTERM）会在当前这一步之后停下：存一份精确到步的检查点，``resume=True`` 从那里接着走；
+    存好之后，信号照常交给调用者：Ctrl-C 是 KeyboardInterrupt，SIGTERM 默认结束进程。
     在 :func:`vaelab.processes.join` 之内调用，几个进程就一起训练：各算每一批的一份，梯度取平均，只有第 0 个进程写文件。
     不论怎样结束，模型都在 eval 模式，各参数的 ``requires_grad`` 与所在的设备同给来时一样；冻结的参数不训练，
     批归一化的运行统计量照常更新。
@@ -77,19 +77,20 @@ def train(
 
     Raises:
         BlockingIOError: 另一个训练正占着 ``out``。
-        TrainingError: 损失不再是有限的数，检查点存不下，内存装不下一批，或与别的进程失去联系。
-        ValueError: 设置与数据、与检查点不相符，或设备做不到所要求的。
+        TrainingError: 损失不再是有限的数，或大得荒唐（见 :func:`vaelab.watch.look`），检查点存不下，内存装不下一批，或与别的进程失去联系。
+        ValueError: 设置与数据、与检查点不相符，``out`` 里已有检查点而不续训，或设备做不到所要求的。
+        KeyboardInterrupt: 按了 Ctrl-C；进度已经存好。
     """
     if resume and not out:
         raise ValueError("resume=True 时应给出 out，即检查点所在的文件夹；请补上，或去掉 resume 从头训练。")
     world, place = current_world(), pick_device(device)
+    path = None if out is None or world.rank else Path(out)
     steps_per_epoch = config.steps_per_epoch(len(data.train), world.size)
     total_steps = config.epochs * steps_per_epoch
-    path = None if out is None or world.rank else Path(out)
     log, keep = StepLog(path, log_every, tensorboard), whole_number("keep", keep)
     digest = data.digest() if out or world.size > 1 else None
     world.agree(f"{len(data.train)} 张训练图、{len(data.test)} 张测试图，摘要 {digest}", "数据")
-    source = checkpoint_file(out if resume is True else resume) if resume and out else None
+    source = checkpoint_file(out if resume is True else resume) if resume else None
     saved = world.from_first(lambda: load_checkpoint(source)) if source else None
     plan = make_plan(
         data, config, model, device=place, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on,
@@ -100,23 +101,25 @@ def train(
     if show:
         print(plan.why(), flush=True)
 
-    with hold(path), Stepper(model, data, config, plan, world, sync_batch_norm=sync_batch_norm) as stepper:
+    with Stepper(model, data, config, plan, world, sync_batch_norm=sync_batch_norm) as stepper, hold(path):
         run = Run(model, stepper.optimizer, stepper.scaler, config, plan.ran_on, path, steps_per_epoch, extra or {}, digest, log, keep)
         if saved:
             run.restore(saved, other_data, source)
         else:
-            run.save()  # 从第一步之前起，任何时刻被杀都有可载入的检查点
+            run.start()
         images_total, images_done = (n * config.batch_size for n in (total_steps, run.step))
         bar = tqdm(total=images_total, initial=images_done, unit="图", unit_scale=True, smoothing=0.1, disable=not show)
-        with bar, stop_on_signal() as stop_asked, clear_errors(run, world, stepper.too_large):
+        with stop_on_signal(run, show) as stop_asked, bar, clear_errors(run, world, stepper.too_large):
             stop = False
             while run.step < total_steps and not stop:
                 stop = _epoch(stepper, run, total_steps, stop_asked, bar)
                 run.save()
+            if stop:
+                stop_asked.by_any()
     return run.history
 
 
-def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Callable[[], bool], bar: tqdm) -> bool:
+def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Stop, bar: tqdm) -> bool:
     """走一轮（续训时从断处走到轮末），走完就评价；返回是否要停下。"""
     config, world, data = stepper.config, stepper.world, stepper.data
     epoch, done = divmod(run.step, run.steps_per_epoch)
@@ -140,5 +143,8 @@ def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Callable[[]
         seconds = time.perf_counter() - started
         if world.rank == 0:
             data.require_whole()
-            run.finish_epoch(evaluate(stepper.model, data.test, seed=config.seed), (run.step - first) * config.batch_size / seconds, seconds)
+            test = evaluate(stepper.model, data.test, seed=config.seed)
+            if (note := look(test, config, epoch + 1, run.history[-1]["test_mse"] if run.history else None)) and not bar.disable:
+                bar.write(note)
+            run.finish_epoch(test, (run.step - first) * config.batch_size / seconds, seconds)
     return stop

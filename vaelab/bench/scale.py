@@ -14,9 +14,9 @@ import torch
 
 from vaelab.bench.contest import Contest, wait_for_device
 from vaelab.bench.recipes import BATCH, FULL, Recipe, steps_of
+from vaelab.cache import map_pixels
 from vaelab.data import load
 from vaelab.images import ImageSet
-from vaelab.pictures import map_pixels
 from vaelab.processes import pick_device
 
 
