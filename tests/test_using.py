@@ -351,8 +351,13 @@ def test_num_means_what_it_says(python_run, data):
         tiles = figure.axes[0].images[0].get_array()
         columns, rows = (tiles.shape[1] + 2) // 18, (tiles.shape[0] + 2) // 18
         assert (columns, rows) == shape
+        if num % columns:  # 空的是末一行原图与末一行重建的最后一格，重建仍在原图的正下方
+            assert all((tiles[18 * r : 18 * r + 16, 18 * (columns - 1) :] == 255).all() for r in (rows - 2, rows - 1))
         blank = sum((tiles[18 * r : 18 * r + 16, 18 * c : 18 * c + 16] == 255).all() for r in range(rows) for c in range(columns))
         assert columns * rows - blank == 2 * num
+        for index in range(num):  # 每一张原图都在它的位置上
+            r, c = 2 * (index // columns), index % columns
+            assert (tiles[18 * r : 18 * r + 16, 18 * c : 18 * c + 16] == data.test[index].permute(1, 2, 0).numpy()).all()
         plot.plt.close(figure)
 
 
@@ -365,6 +370,9 @@ def test_runs_from_python_work_or_say_what_is_missing(python_run, tmp_path, monk
         assert "--data" in fails(capsys, command[0], python_run, *command[1:])
         text = works(capsys, command[0], python_run, *command[1:], "--data", tmp_path)
         assert "这批图与训练时的不同" in text
+    again = ["sample", python_run, "--prior", "fitted", "--data"]
+    assert "拟合先验" not in works(capsys, *again, tmp_path)
+    assert "拟合先验" in works(capsys, *again, "faces")  # 换了数据，重新拟合
     works(capsys, "reconstruct", python_run, "--images", tmp_path / "1.png", "--out", "一张.png")
     works(capsys, "interpolate", python_run, "--images", tmp_path / "1.png", tmp_path / "9.png", "--out", "两张.png")
     for command in ("info", "sample"):
