@@ -90,7 +90,7 @@ def train(
     log, keep = StepLog(path, log_every, tensorboard), whole_number("keep", keep)
     digest = data.digest() if out or world.size > 1 else None
     world.agree(f"{len(data.train)} 张训练图、{len(data.test)} 张测试图，摘要 {digest}", "数据")
-    source = checkpoint_file(out if resume is True else resume) if resume else None
+    source = checkpoint_file(out if resume is True else resume) if resume and out else None
     saved = world.from_first(lambda: load_checkpoint(source)) if source else None
     plan = make_plan(
         data, config, model, device=place, compile=compile, cuda_graphs=cuda_graphs, data_on=data_on,
