@@ -14,7 +14,6 @@ r"""拟合的先验：训练集的隐变量用混合高斯拟合，从它抽样�
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from vaelab.files import write_atomically
 from vaelab.images import to_float
-from vanilla_vae import eval_mode, positive_int
+from vanilla_vae import VanillaVAE, eval_mode, positive_int
 
 COMPONENTS = (1, 2, 4, 8, 16, 32)
-"""试几个分量；留出的对数似然不再升高就不再加。"""
+"""试几个分量；留出的对数似然连着两次不再升高，就不再加。"""
 MAX_CODES = 20_000  # 拟合用的图至多这么多：再多，几十个高斯也不会更准，时间却成比例地长
 FLOOR = 1e-6  # 方差的下限，以 N(0, 1) 的方差为单位：比它更窄，解码出来已看不出差别
 
@@ -75,11 +74,11 @@ class Mixture:
         return z
 
 
-def fit_prior(model: nn.Module, images: Tensor, seed: int = 0) -> Mixture:
+def fit_prior(model: VanillaVAE, images: Tensor, seed: int = 0) -> Mixture:
     """把 ``images`` 编码，抽样 z ~ q(z|x)，拟合混合高斯；同一颗种子得到同样的结果。
 
     Args:
-        model: 有 ``encode(x) -> [mu, log_var]`` 的模块，在哪个设备都可以；不改动它。
+        model: 在哪个设备都可以，用 eval 模式编码；不改动它。
         images: uint8 ``[N, C, H, W]``；多于 20,000 张就随机取这么多。
         seed: 取哪些图、噪声、留出哪些、起点的种子，非负。
 
@@ -95,7 +94,7 @@ def fit_prior(model: nn.Module, images: Tensor, seed: int = 0) -> Mixture:
 
 
 @torch.no_grad()
-def codes(model: nn.Module, images: Tensor, seed: int = 0) -> Tensor:
+def codes(model: VanillaVAE, images: Tensor, seed: int = 0) -> Tensor:
     """每张图抽一个 z ~ q(z|x)：uint8 ``[N, C, H, W]`` → float64 ``[N, L]``，在 CPU 上；噪声在任何设备上都相同。"""
     weight, rng, parts = next(model.parameters()), np.random.default_rng(seed), []
     with eval_mode(model):
@@ -108,7 +107,7 @@ def codes(model: nn.Module, images: Tensor, seed: int = 0) -> Tensor:
 def fit_mixture(z: Tensor, seed: int = 0, components: tuple[int, ...] = COMPONENTS) -> Mixture:
     """由样本 ``[N, L]`` 拟合混合高斯：留出五分之一，按它的对数似然选分量的个数，再用全部样本拟合一次。
 
-    一个分量至少要摊到 L + 1 个样本，否则连它的协方差也定不下来；样本太少时因此退到一个高斯。
+    多几个分量，留出的对数似然要高出一个标准误差才算数；一个分量至少要摊到 L + 1 个样本，否则连它的协方差也定不下来；样本太少时因此退到一个高斯。
     """
     z = z.detach().cpu().double()
     if z.dim() != 2 or not z.numel() or not z.isfinite().all():
@@ -116,15 +115,15 @@ def fit_mixture(z: Tensor, seed: int = 0, components: tuple[int, ...] = COMPONEN
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(z), generator=generator)
     held, kept = z[order[: len(z) // 5]], z[order[len(z) // 5 :]]
-    best, chosen = -math.inf, 1
-    for k in (k for k in components if k == 1 or k * (z.shape[1] + 1) <= len(kept)):
-        if not len(held):
-            break
+    best, chosen, misses = None, 1, 0
+    for k in (k for k in components if k * (z.shape[1] + 1) <= len(kept)):
         *_, (mixture, _) = expectation_maximization(kept, k, generator)
-        score = mixture.log_prob(held).mean().item()
-        if score <= best:
+        scores = mixture.log_prob(held)
+        gain = scores if best is None else scores - best
+        if best is None or gain.mean() > gain.std() / math.sqrt(len(gain)):
+            best, chosen, misses = scores, k, 0
+        elif (misses := misses + 1) == 2:  # 有时两个不比一个好，四个才好
             break
-        best, chosen = score, k
     *_, (mixture, _) = expectation_maximization(z, chosen, generator)
     return mixture
 
@@ -199,7 +198,7 @@ def _start(z: Tensor, k: int, factor: Tensor, generator: Generator) -> Tensor:
 
 def load_prior(path: Path, key: str) -> Mixture | None:
     """存好的先验；没有、读不出，或不是 ``key`` 那一份的，都是 None，重新拟合就是。"""
-    with suppress(OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError):
+    with suppress(Exception):  # 读坏了的文件，torch.load 什么错都可能报
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["key"] == key:
             return Mixture(saved["weights"], saved["means"], saved["covariances"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from vaelab.files import write_atomically
 
@@ -26,7 +27,8 @@ class StepLog:
     """
 
     def __init__(self, path: Path | None, every: int = 0, tensorboard: bool = False) -> None:
-        self.every, self.path, self.writer = whole_number("log_every", every), path, None
+        self.every, self.path = whole_number("log_every", every), path
+        self.writer: Any = None
         self.tensorboard, self.begun = tensorboard, False
         if tensorboard:  # 几个进程时都查，一起拒绝
             try:
