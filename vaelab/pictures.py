@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import PIL
@@ -178,7 +178,8 @@ class _Waiting:
     """
 
     def __init__(self, folder: str | None) -> None:
-        self._spill = tempfile.TemporaryFile(dir=folder)
+        self._folder = folder
+        self._spill: IO[bytes] | None = None  # 多数文件夹里没有这样的图，用不着
         self._batches: dict[tuple[str, str, str], list[tuple[int, int, str, Wide]]] = {}  # 第几个写下的、行号、名字、去掉像素的 Wide
         self._shape: tuple[int, ...] = ()
         self._count = 0
@@ -187,10 +188,12 @@ class _Waiting:
         path = Path(name)
         batch = self._batches.setdefault((wide.kind, str(path.parent), path.suffix.lower()), [])
         batch.append((self._count, row, name, wide._replace(values=np.empty(0, np.float32))))
+        self._spill = self._spill or tempfile.TemporaryFile(dir=self._folder)
         self._spill.write(wide.values.tobytes())
         self._shape, self._count = wide.values.shape, self._count + 1
 
     def _each(self, batch: list[tuple[int, int, str, Wide]]) -> Iterable[tuple[int, str, Wide]]:
+        assert self._spill is not None
         size = 4 * math.prod(self._shape)
         for index, row, name, wide in batch:
             self._spill.seek(index * size)
@@ -214,7 +217,8 @@ class _Waiting:
             if dark:
                 which = f"{len(dark)} 张{_KIND_NAMES[kind]}图"
                 notes.append(f"{which}按这一批的 {scale.white:g} 为白，几乎全黑：{_listed(dark, 10)}；若另是一批或是蒙版，请分开放或先乘以 255。")
-        self._spill.close()
+        if self._spill is not None:
+            self._spill.close()
         return notes
 
 
@@ -264,7 +268,7 @@ def _decode(folder: Path, files: Files, order: list[str], lead: int, file, progr
     sizes = Counter(status.st_size for status in files.values() if status)
     here = os.path.dirname(file.name) if isinstance(getattr(file, "name", None), str) else None
     waiting = _Waiting(here)
-    known = formats()  # 登记全部格式，要在开线程之前
+    known = sorted(formats())  # 登记全部格式，要在开线程之前
 
     def work(name: str) -> tuple[np.ndarray | Wide | Unreadable, bytes]:
         result, status = decode_picture(folder / name, **settings), files[name]
@@ -364,7 +368,7 @@ def decoded_set(
     decode = partial(_decode, folder, files, order, lead, progress=progress, unique=crop is None, **settings)
 
     def is_current(record: dict) -> bool:
-        if record["manifest"] != manifest or (record["formats"] is not None and record["formats"] != formats()):
+        if record["manifest"] != manifest or (record["formats"] is not None and record["formats"] != sorted(formats())):
             return False
         with warnings.catch_warnings(), no_pixel_limit():
             warnings.simplefilter("ignore")
