@@ -176,6 +176,8 @@ def odd_pictures() -> dict[str, tuple[bytes, tuple | None, int]]:
         "hole.jpg": (emptied(saved(photo, "JPEG"), keep_end=2), None, 0),
         "hole_progressive.jpg": (emptied(saved(photo, "JPEG", progressive=True), keep_end=2), None, 0),
         "hole_optimised.jpg": (emptied(saved(photo, "JPEG", optimize=True), keep_end=2), None, 0),
+        "hole.bmp": (emptied(saved(photo, "BMP"), 0.4, keep_end=2), None, 0),
+        "hole.jp2": (emptied(saved(photo, "JPEG2000"), keep_end=2), None, 0),
         "last_quarter.webp": (emptied(saved(photo, "WEBP"), 0.75), None, 0),
         "lossless.webp": (emptied(saved(photo, "WEBP", lossless=True)), None, 0),
         "cut.jpg": (saved(photo, "JPEG")[:3000], None, 0),

@@ -34,6 +34,7 @@ _NEED_PLUGIN = {
 }
 # 扩展名不像图片的文件，只有开头是这些才当作图片
 _MAGIC = rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0\0\0\0|II\*\0|MM\0\*|.{4}ftyp(hei|hev|mif1|msf1|avi)|\0\0\0\x0c(jP|JXL) "
+_SPARED = 16  # 中间没写上、结尾却在的文件，留着的结尾至多算这么长
 MAX_PIXELS = 2**28  # 16384×16384（JPEG 按缩小解码之后的大小算）；再大的不解码，以免一个小文件撑满内存
 
 _SYSTEM_REASONS = {
@@ -94,9 +95,9 @@ def _register() -> None:
 
 
 def formats() -> list[str]:
-    """此刻解得出的格式；须在开线程之前调用一次。使用者可能后来自己又登记了新的，所以每次重新列。"""
+    """此刻解得出的格式，常见的在前；须在开线程之前调用一次。使用者可能后来自己又登记了新的，所以每次重新列。"""
     _register()
-    return sorted(kind for kind in Image.OPEN if kind not in _NOT_PICTURES)
+    return [kind for kind in Image.OPEN if kind not in _NOT_PICTURES]
 
 
 def picture_suffixes() -> frozenset[str]:
@@ -163,6 +164,7 @@ def decode_picture(path: Path, *, image_size: int, channels: int, crop: int | No
                 return missing
             zeros = _zero_tail(file)
             _require_whole(file, head, zeros)
+            zeros = max(zeros, _zero_tail(file, _SPARED))
             try:
                 return _read(file, zeros, image_size, channels, crop)
             except (_Damaged, _OwnFigure, MemoryError, Image.DecompressionBombError):
@@ -201,7 +203,11 @@ def _missing_plugin(path: Path, head: bytes) -> Unreadable | None:
 
 def _read(file: BinaryIO, zeros: int, image_size: int, channels: int, crop: int | None) -> np.ndarray | Wide:
     file.seek(0)
-    with Image.open(file, formats=formats()) as image:
+    start = file.read(8)
+    file.seek(0)
+    # 最常见的两种直接开：让 PIL 逐个格式去试，要花解码一张小图的十分之一
+    known = ["JPEG"] if start.startswith(b"\xff\xd8\xff") else ["PNG"] if start.startswith(b"\x89PNG\r\n") else formats()
+    with Image.open(file, formats=known) as image:
         if str(image.info.get("Software", "")).startswith("vaelab"):
             raise _OwnFigure
         raw, box = _tile(image)
@@ -266,7 +272,7 @@ def _numbers(image: Image.Image, raw: str, tags) -> tuple[str, int, bool]:
     if image.mode == "I":
         if image.format in ("PNG", "PPM"):
             return "uint", 16, False
-        return ("int16" if bits == 16 else "int32"), 32 if is_tiff and bits == 32 and not signed else 0, inverted
+        return ("int16" if is_tiff and bits == 16 else "int32"), 32 if is_tiff and bits == 32 and not signed else 0, inverted
     return ("int8", 0, inverted) if signed and image.mode == "L" and bits == 8 else ("", 8, False)
 
 
@@ -402,9 +408,9 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 # ---------------------------------------------------------------- 文件完整吗
 
 
-def _zero_tail(file: BinaryIO) -> int:
-    """文件末尾有多少个零字节；不到 16 个不算。复制到一半、断电的文件，常是大小对、后面全是零。"""
-    position = size = file.seek(0, os.SEEK_END)
+def _zero_tail(file: BinaryIO, spared: int = 0) -> int:
+    """最后 ``spared`` 个字节之前有多少个连着的零；不到 16 个不算。复制到一半、断电的文件，常是大小对、后面全是零。"""
+    position = size = max(0, file.seek(0, os.SEEK_END) - spared)
     block = 16
     while position > 0:
         file.seek(max(0, position - block))
@@ -431,8 +437,11 @@ def _require_whole(file: BinaryIO, head: bytes, zeros: int) -> None:
         file.seek(-zeros - 1, os.SEEK_END)
         if file.read(1) != b";":
             raise _Damaged("后面一段全是零，没有写完")
-    elif zeros >= 64 and (re.match(rb"RIFF.{4}WEBPVP8L|.{4}ftyp|\0\0\0\x0c(jP|JXL) |\xff\x4f\xff\x51|\xff\x0a", head, re.DOTALL)):
-        raise _Damaged("后面一段全是零，没有写完")
+    elif re.match(rb"RIFF.{4}WEBPVP8L|.{4}ftyp|\0\0\0\x0c(jP|JXL) |\xff\x4f\xff\x51|\xff\x0a|qoif", head, re.DOTALL):
+        file.seek(0)
+        data = file.read()
+        if bytes(max(64, len(data) // 32)) in data:  # 这些格式压缩得紧，好的文件里没有连着的许多零
+            raise _Damaged("有一段全是零，没有写完")
 
 
 def _first_scan(data: bytes) -> int:
@@ -484,11 +493,12 @@ def _stops_midway(image: Image.Image, share: float) -> bool:
     if image.format == "WEBP":
         rows = int(share * len(pixels)) - 16  # 宏块是 16 行
         return share > 1 / 32 and rows > 0 and int(np.ptp(pixels[-rows:].reshape(-1, pixels.shape[-1]), axis=0).max()) > 8
-    if image.format not in ("BMP", "DIB", "PPM", "TIFF", "TGA", "PCX", "SGI"):
+    if image.format not in ("BMP", "DIB", "PPM", "TIFF", "TGA", "DDS"):
         return False
-    lit = pixels.reshape(*pixels.shape[:2], -1).any(axis=2)
+    lit: np.ndarray = pixels.reshape(*pixels.shape[:2], -1).any(axis=2)
     if image.format in ("BMP", "DIB", "TGA") or (image.format == "PPM" and image.mode == "F"):  # 自下而上
         lit = lit[::-1]
+    lit[-1, -_SPARED:] = False
     rows = lit.any(axis=1).nonzero()[0]
     if len(rows) == 0 or not 0 < (last := int(rows[-1])) < len(lit) * 7 / 8:
         return False

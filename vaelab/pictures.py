@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import io
 import math
@@ -9,12 +10,11 @@ import os
 import stat
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import PIL
@@ -178,7 +178,8 @@ class _Waiting:
     """
 
     def __init__(self, folder: str | None) -> None:
-        self._spill = tempfile.TemporaryFile(dir=folder)
+        self._folder = folder
+        self._spill: IO[bytes] | None = None  # 多数文件夹里没有这样的图，用不着
         self._batches: dict[tuple[str, str, str], list[tuple[int, int, str, Wide]]] = {}  # 第几个写下的、行号、名字、去掉像素的 Wide
         self._shape: tuple[int, ...] = ()
         self._count = 0
@@ -187,10 +188,12 @@ class _Waiting:
         path = Path(name)
         batch = self._batches.setdefault((wide.kind, str(path.parent), path.suffix.lower()), [])
         batch.append((self._count, row, name, wide._replace(values=np.empty(0, np.float32))))
+        self._spill = self._spill or tempfile.TemporaryFile(dir=self._folder)
         self._spill.write(wide.values.tobytes())
         self._shape, self._count = wide.values.shape, self._count + 1
 
     def _each(self, batch: list[tuple[int, int, str, Wide]]) -> Iterable[tuple[int, str, Wide]]:
+        assert self._spill is not None
         size = 4 * math.prod(self._shape)
         for index, row, name, wide in batch:
             self._spill.seek(index * size)
@@ -214,7 +217,8 @@ class _Waiting:
             if dark:
                 which = f"{len(dark)} 张{_KIND_NAMES[kind]}图"
                 notes.append(f"{which}按这一批的 {scale.white:g} 为白，几乎全黑：{_listed(dark, 10)}；若另是一批或是蒙版，请分开放或先乘以 255。")
-        self._spill.close()
+        if self._spill is not None:
+            self._spill.close()
         return notes
 
 
@@ -235,16 +239,14 @@ def _skip_notes(skipped: dict[str, Unreadable]) -> list[str]:
     return notes
 
 
-def _fingerprint(path: Path) -> bytes:
-    """文件字节的散列。"""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.digest()
+def _same_bytes(one: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
 
 
-def _decode(folder: Path, files: Files, order: list[str], lead: int, file, progress: bool, unique: bool, **settings) -> dict:
+def _decode(folder: Path, order: list[str], lead: int, file, progress: bool, unique: bool, **settings) -> dict:
     """并行解码，按 ``order`` 的先后把读得出的写进 ``file``（.npy 格式）。
 
     内存与图片数无关：每次只有一小段在解码，写完才取下一段。.npy 的头为行数留了位置，最后填上真实的行数。
@@ -261,18 +263,16 @@ def _decode(folder: Path, files: Files, order: list[str], lead: int, file, progr
     skipped: dict[str, Unreadable] = {}
     first: dict[bytes, str] = {}
     copies: list[str] = []
-    sizes = Counter(status.st_size for status in files.values() if status)
     here = os.path.dirname(file.name) if isinstance(getattr(file, "name", None), str) else None
     waiting = _Waiting(here)
-    known = formats()  # 登记全部格式，要在开线程之前
+    known = sorted(formats())  # 登记全部格式，要在开线程之前
 
     def work(name: str) -> tuple[np.ndarray | Wide | Unreadable, bytes]:
-        result, status = decode_picture(folder / name, **settings), files[name]
-        try:
-            alone = isinstance(result, Unreadable) or not unique or status is None or sizes[status.st_size] == 1
-            return result, b"" if alone else _fingerprint(folder / name)  # 大小独一无二的，不会有副本
-        except OSError:
+        result = decode_picture(folder / name, **settings)
+        if isinstance(result, Unreadable) or not unique:
             return result, b""
+        pixels = result.values if isinstance(result, Wide) else result
+        return result, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
 
     workers = min(16, os.cpu_count() or 1)
     bar = tqdm(total=len(order), desc="解码图片", unit="张", disable=not progress)
@@ -285,8 +285,9 @@ def _decode(folder: Path, files: Files, order: list[str], lead: int, file, progr
                 if isinstance(result, Unreadable):
                     skipped[name] = result
                     continue
-                if fingerprint and first.setdefault(fingerprint, name) != name:
-                    copies.append(f"{name} = {first[fingerprint]}")
+                # 像素相同的才去比文件的字节：每个文件都再读一遍，太慢
+                if fingerprint and (twin := first.setdefault(fingerprint, name)) != name and _same_bytes(folder / twin, folder / name):
+                    copies.append(f"{name} = {twin}")
                     continue
                 if isinstance(result, Wide):
                     waiting.add(kept, name, result)
@@ -298,7 +299,7 @@ def _decode(folder: Path, files: Files, order: list[str], lead: int, file, progr
     if kept < 2 and copies:  # 只有一张图与它的副本：留着，至少能跑
         file.seek(0)
         file.truncate()
-        record = _decode(folder, files, order, lead, file, False, False, **settings)
+        record = _decode(folder, order, lead, file, False, False, **settings)
         record["notes"].append(f"读得出的 {record['shape'][0]} 张内容都相同，测试不会说明什么。")
         return record
     if copies:
@@ -361,10 +362,10 @@ def decoded_set(
     key = hashlib.sha256(repr((os.fsencode(folder), image_size, channels, crop, seed)).encode()).hexdigest()[:16]
     manifest = _manifest(files, order, lead)
     settings = {"image_size": image_size, "channels": channels, "crop": crop}
-    decode = partial(_decode, folder, files, order, lead, progress=progress, unique=crop is None, **settings)
+    decode = partial(_decode, folder, order, lead, progress=progress, unique=crop is None, **settings)
 
     def is_current(record: dict) -> bool:
-        if record["manifest"] != manifest or (record["formats"] is not None and record["formats"] != formats()):
+        if record["manifest"] != manifest or (record["formats"] is not None and record["formats"] != sorted(formats())):
             return False
         with warnings.catch_warnings(), no_pixel_limit():
             warnings.simplefilter("ignore")
