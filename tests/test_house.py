@@ -12,10 +12,10 @@ from vaelab.exercises.judging import all_checks
 
 # 由低到高：只可以引用排在前面的
 ORDER = [
-    "_type", "vanilla_vae",
+    "_type", "vanilla_vae", "parser",
     "config", "files", "images", "faces", "pictures", "data", "processes", "evaluate", "checkpoint",
     "step", "memory", "graph", "plan", "transfer", "stepper", "interrupts", "watch", "train",
-    "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "parser", "arguments", "runs", "using", "cli",
+    "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "arguments", "runs", "using", "cli",
 ]  # fmt: skip
 FREE = {"prepare", "growing", "jupyter"}  # 笔记与 Jupyter 用的，谁也不引用它们，它们也不引用别的房间
 
