@@ -130,7 +130,7 @@ def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Stop, bar: 
         if world.rank == 0:
             data.require_whole()
             test = evaluate(stepper.model, data.test, seed=config.seed)
-            if (note := look(test, config, epoch + 1, run.history[-1]["test_mse"] if run.history else None)) and not bar.disable:
+            if (note := look(test, config, epoch + 1, run.steps_per_epoch, run.history[-1]["test_mse"] if run.history else None)) and not bar.disable:
                 bar.write(note)
             run.finish_epoch(test, (run.step - first) * config.batch_size / seconds, seconds)
     return stop
