@@ -40,7 +40,7 @@ def test_an_explosion_is_said_in_its_epoch(data, tmp_path, lr, weight):
 def test_a_run_worse_than_the_mean_image_says_so_and_goes_on(data, capsys):
     rows = train(model(), data, replace(CONFIG, lr=1e-6), device="cpu", progress=True)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("注意：")]
-    assert [line[: line.index(" 轮")] for line in said] == ["注意：第 9", f"注意：第 {CONFIG.epochs}"] and len(rows) == CONFIG.epochs
+    assert [line[: line.index(" 轮")] for line in said] == ["注意：第 10", f"注意：第 {CONFIG.epochs}"] and len(rows) == CONFIG.epochs
     assert f"{rows[-1]['test_mse']:.4g}" in said[-1]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from vaelab.checkpoint import Run, load_checkpoint
 from vaelab.config import TrainConfig
 from vaelab.evaluate import evaluate
 from vaelab.images import ImageSet
-from vaelab.interrupts import Stop, clear_errors, stop_on_signal
+from vaelab.interrupts import clear_errors, stop_on_signal
 from vaelab.plan import make_plan
 from vaelab.processes import current_world, pick_device
 from vaelab.step import learning_rate
@@ -106,7 +107,7 @@ def train(
     return run.history
 
 
-def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Stop, bar: tqdm) -> bool:
+def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Callable[[], bool], bar: tqdm) -> bool:
     """走一轮（续训时从断处走到轮末），走完就评价；返回是否要停下。"""
     config, world, data = stepper.config, stepper.world, stepper.data
     epoch, done = divmod(run.step, run.steps_per_epoch)
