@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from vaelab.config import MAX_SEED, MODEL_DEFAULTS, PRECISIONS, TrainConfig
+from vaelab.config import MAX_COUNT, MAX_SEED, MODEL_DEFAULTS, PRECISIONS, TrainConfig
 from vaelab.data import NAMES
 from vaelab.memory import model_memory, require_memory
 from vaelab.parser import Parser, Real, UsageError, Whole, path, quoted
@@ -43,8 +43,8 @@ def _widths(text: str) -> list[int]:
         widths = [int(width) for width in text.split(",")]
     except ValueError:
         widths = []
-    if not 1 <= len(widths) <= MAX_LEVELS:
-        raise argparse.ArgumentTypeError(f"应为逗号隔开的整数，至多 {MAX_LEVELS} 个，如 32,64,128")
+    if not 1 <= len(widths) <= MAX_LEVELS or max(widths) > MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"应为逗号隔开的整数，至多 {MAX_LEVELS} 个，各不超过 {MAX_COUNT}，如 32,64,128")
     return widths
 
 

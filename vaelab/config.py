@@ -12,7 +12,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 MAX_SEED = 2**63 - 1  # torch.manual_seed 收的最大的数
-MAX_COUNT = 10**9  # 轮数、批大小的上限：再大一定是写错了
+MAX_COUNT = 10**9  # 轮数、批大小、通道数的上限：再大一定是写错了
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from vaelab.checkpoint import Run
 from vaelab.config import TrainingError
 from vaelab.memory import out_of_memory
+from vaelab.parser import quoted
 from vaelab.processes import World, current_world
 
 
@@ -104,7 +105,7 @@ def explain(error: BaseException) -> str:
     if os.environ.get("VAELAB_DEBUG"):
         raise error
     if isinstance(error, OSError) and error.errno is not None:
-        names = "、".join(repr(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes)))
+        names = "、".join(quoted(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes)))
         reason = _SYSTEM.get(error.errno, f"系统错误 {errno.errorcode.get(error.errno, error.errno)}")
         return f"{names + ' ' if names else ''}{reason}。"
     if re.search("[\u4e00-\u9fff].*。$", text, re.DOTALL):

@@ -54,8 +54,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``；你是不是想写 …``；没有像的就是空的。"""
     known, bare = list(known), word.lower().strip("-").replace("_", "-")
     names = {name.strip("-"): name for name in known}
-    close = [name for name in names if bare and (name == bare or name.startswith(bare) or (bare.startswith(f"{name}-")))]
-    close = close or difflib.get_close_matches(bare, names, n=1, cutoff=0.5)
+    close = [name for name in names if bare and name.startswith(bare)]
+    close = close or difflib.get_close_matches(bare, names, n=1, cutoff=0.6)
+    close = close or [name for name in names if bare.startswith(f"{name}-")]
     return f"；你是不是想写 {' 或 '.join(names[name] for name in close[:4])}" if close else ""
 
 
@@ -93,6 +94,8 @@ class Parser(argparse.ArgumentParser):
                 continue
             if name not in self.takes_value:
                 raise self._wrong(f"没有选项 {_shown(name)}{did_you_mean(name, self.takes_value)}")
+            if value == "--":  # 3.12 之前的标准库会把它悄悄去掉
+                raise self._wrong(f"{name} 后面的值不能是 --")
             if equals and not self.takes_value[name]:
                 raise self._wrong(f"{name} 后面不应有值，收到 {quoted(value)}")
         options, extra = super().parse_known_args(words, namespace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +95,9 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     if str(device) == "auto":
         return torch.device("mps" if torch.backends.mps.is_available() and current_world().size == 1 else "cpu")
     try:
-        chosen = torch.device(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # 名字过时了之类，下面一句话说清
+            chosen = torch.device(device)
         torch.ones(1, device=chosen).item()  # 真的算得出一个数：meta 上建得了张量，却没有数
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)  # 流、事件、通信都以它为准

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from vaelab.config import TrainConfig
 from vaelab.evaluate import evaluate
 from vaelab.files import hold
 from vaelab.images import ImageSet
-from vaelab.interrupts import Stop, clear_errors, stop_on_signal
+from vaelab.interrupts import clear_errors, stop_on_signal
 from vaelab.plan import make_plan
 from vaelab.processes import current_world, pick_device
 from vaelab.step import learning_rate
@@ -119,7 +120,7 @@ def train(
     return run.history
 
 
-def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Stop, bar: tqdm) -> bool:
+def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Callable[[], bool], bar: tqdm) -> bool:
     """走一轮（续训时从断处走到轮末），走完就评价；返回是否要停下。"""
     config, world, data = stepper.config, stepper.world, stepper.data
     epoch, done = divmod(run.step, run.steps_per_epoch)
@@ -139,12 +140,11 @@ def _epoch(stepper: Stepper, run: Run, total_steps: int, stop_asked: Stop, bar: 
         if run.step % 10 == 0 and run.last:
             bar.set_postfix_str(f"MSE {run.last[1]:.4f}，KL {run.last[2]:.1f}", refresh=False)
     stop = run.read(pending) or stop
-    if run.step % run.steps_per_epoch == 0:
-        seconds = time.perf_counter() - started
-        if world.rank == 0:
-            data.require_whole()
-            test = evaluate(stepper.model, data.test, seed=config.seed)
-            if (note := look(test, config, epoch + 1, run.history[-1]["test_mse"] if run.history else None)) and not bar.disable:
-                bar.write(note)
-            run.finish_epoch(test, (run.step - first) * config.batch_size / seconds, seconds)
+    seconds = time.perf_counter() - started
+    if run.step % run.steps_per_epoch == 0 and world.rank == 0:
+        data.require_whole()
+        test = evaluate(stepper.model, data.test, seed=config.seed)
+        if (note := look(test, config, epoch + 1, run.steps_per_epoch, run.history[-1]["test_mse"] if run.history else None)) and not bar.disable:
+            bar.write(note)
+        run.finish_epoch(test, (run.step - first) * config.batch_size / seconds, seconds)
     return stop
