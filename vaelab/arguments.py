@@ -84,6 +84,7 @@ def build_parser() -> Parser:
     option("--lr", f"学习率的最高值（默认 {config['lr']}）", type=Real(), metavar="X")
     kld_text = f"KL 的权重 2σ²/D：一个数，或 optimal，即 σ² = MSE（默认 {config['kld_weight']}）"
     option("--kld-weight", kld_text, type=_kld_weight, metavar="X|optimal")
+    option("--flip", "训练时随机左右翻转（默认 auto：自己的图片，平均图左右对称才翻）", choices=SWITCHES)
     option("--seed", "初始权重、次序与噪声的种子（默认 0）", type=SEED, metavar="N")
     option("--precision", "计算精度（默认 auto：这台设备上真的更快才用半精度）", choices=PRECISIONS)
     option("--compile", "用 torch.compile 编译（默认 auto：CPU 与 CUDA 上步数够多才编译）", choices=SWITCHES)

@@ -25,6 +25,7 @@ class TrainConfig:
         lr: 学习率的最高值；先线性升高，再按余弦降到 0。
         kld_weight: KL 的权重 w = 2σ²/D，或 ``"optimal"``：每一步取 σ² = 这一批的 MSE（arXiv:2006.13202）。
         seed: 次序、噪声的种子。
+        mirror: 训练时每张图有一半的机会左右翻转；几百上千张照片因此不容易背下来，有左右之分的（文字、数字）不要用。
         precision: ``auto``、``fp32``，或自动混合精度的 ``bf16``、``fp16``（后者带损失缩放）。
     """
 
@@ -34,6 +35,7 @@ class TrainConfig:
     kld_weight: float | str = 4e-4
     seed: int = 0
     precision: str = "auto"
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):

@@ -113,6 +113,10 @@ class Stepper:
         images = self.images[batch] if batch.dtype == torch.int64 else batch
         shape = (self.config.batch_size, self.model.latent_dim)
         eps = torch.randn(shape, generator=self.random, device=self.plan.device, dtype=torch.float32)
+        if self.config.mirror:
+            chance = torch.rand(self.config.batch_size, generator=self.random, device=self.plan.device, dtype=torch.float32)
+            turned = chance.chunk(self.world.size)[self.world.rank] < 0.5
+            images = torch.where(turned[:, None, None, None], images.flip(3), images)
         return train_step(self.objective, self.optimizer, self.scaler, images, eps.chunk(self.world.size)[self.world.rank], lr)
 
     def _require_wired(self) -> None:
