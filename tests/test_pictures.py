@@ -108,7 +108,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     side=st.sampled_from([16, 100, 256]),
     share=st.sampled_from([0, 0.1, 0.5, 0.9, 1]),
@@ -126,7 +126,7 @@ def test_a_true_flat_picture_is_not_taken_for_an_unfinished_one(way, side, share
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(start=st.floats(0.3, 0.85), seed=st.integers(0, 5))
 def test_an_unfinished_file_is_seen(way, start, seed, tmp_path_factory):
     kind, options = WAYS[way]
