@@ -153,7 +153,7 @@ def check_early(options: argparse.Namespace) -> None:
     if "device" in given:
         pick_device(options.device)
     if given.get("out") is not None:
-        _require_writable(Path(options.out).expanduser(), folder=options.command == "train")
+        _require_writable(Path(options.out).expanduser(), folder=options.command == "train" and not given.get("resume"))
     if options.command == "train":
         TrainConfig(**{field.name: given[field.name] for field in fields(TrainConfig) if field.name in given})
         _require_room(given)

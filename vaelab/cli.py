@@ -16,6 +16,8 @@ import torch
 
 from vaelab import choose, using
 from vaelab.arguments import build_parser, check_early
+from vaelab.cache import cache_summary, clear_cache
+from vaelab.checkpoint import CHECKPOINT, load_checkpoint
 from vaelab.config import MODEL_DEFAULTS, TrainConfig
 from vaelab.data import NAMES
 from vaelab.evaluate import Evaluation, evaluate
@@ -27,6 +29,8 @@ from vaelab.processes import World, join, pick_device
 from vaelab.runs import DATA_DEFAULTS, claim, command, load_data
 from vaelab.train import train
 from vanilla_vae import VanillaVAE
+
+PASSED_ON = ("other_data", "keep", "log_every", "tensorboard")  # 原样交给 train 的参数
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,14 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> int:
     given = vars(options)
     with join(options.device, given.get("join_timeout", 300.0)) as world, ExitStack() as stack:
-        out, saved = world.from_first(lambda: stack.enter_context(claim(given)))
-        return _train_in(out, saved, options, world)
+        out, resume = world.from_first(lambda: stack.enter_context(claim(given)))
+        return _train_in(out, resume, options, world)
 
 
-def _train_in(out: Path, saved: dict | None, options: argparse.Namespace, world: World) -> int:
+def _train_in(out: Path, resume: Path | None, options: argparse.Namespace, world: World) -> int:
     """在占住的文件夹里训练；几个进程时都走这里，由第 0 个说话、写文件、画图。"""
     given, device = vars(options), pick_device(options.device)
     say = partial(print, flush=True) if world.rank == 0 else lambda *_: None
+    saved = world.from_first(lambda: load_checkpoint(resume)) if resume else None
     extra = _where_from(given, saved, device)
     source = extra["data"]
     shape = {"in_channels": extra["channels"] or 3, "image_size": extra["image_size"]}
@@ -84,7 +89,7 @@ def _train_in(out: Path, saved: dict | None, options: argparse.Namespace, world:
     say(f"数据：{shown(source)}")
     with world.first_goes_first():  # 下载与解码只由一个进程做，其余用它的结果
         data = load_data(extra, given.get("download", False), say)
-    config = _config(given, saved, choose.config_defaults(source, len(data.train)))
+    config = _config(given, saved, choose.config_defaults(source, data.train, given))
     torch.manual_seed(config.seed)
     model = VanillaVAE(**{**wanted, **({} if saved else {"in_channels": data.train.shape[1]})}).to(device)
     how = {name: given[name] for name in ("compile", "cuda_graphs", "data_on") if name in given}
@@ -92,22 +97,23 @@ def _train_in(out: Path, saved: dict | None, options: argparse.Namespace, world:
     _say_settings(say, model, data, config, why, source, saved, given, out, world)
 
     history = train(
-        model, data, config, out, device=options.device, resume=saved is not None, extra=extra,
-        sync_batch_norm=not given.get("local_batch_norm", False), other_data=given.get("other_data", False), **how,
+        model, data, config, out, device=options.device, resume=resume or False, extra=extra,
+        sync_batch_norm=not given.get("local_batch_norm", False), **{name: given[name] for name in PASSED_ON if name in given}, **how,
     )  # fmt: skip
     if world.rank:
         return 0
-    if not history or history[-1]["epoch"] != config.epochs:
-        print(f"已停下，进度存好了；接着训练：{command('train', '--resume', '--out', out)}")
-    result = evaluate(model, data.test, seed=config.seed)
+    run = using.open_run(str(out), options.device)
+    if run.state["step"] != history[-1]["step"]:
+        print(f"用测试 ELBO 最高的一份，{run.which}；最后的一份在 {CHECKPOINT}")
+    result = evaluate(run.model, data.test, seed=config.seed)
     print(result.summary())
-    _draw_results(model, data, history, result, out)
-    names = "reconstructions.png（原图与重建）、samples.png（先验样本）、kl.png（逐维 KL）"
-    names += "、history.png（曲线）" if history else ""
-    print(f"图在 {shown(out.resolve())}：{names}")
+    _draw_results(run, data, history, result)
+    print(
+        f"图在 {shown(out.resolve())}：reconstructions.png（原图与重建）、samples.png（抽样：先验的，与拟合的先验的）、kl.png（逐维 KL）、history.png（曲线）"
+    )
     print(
         "接下来可以试：\n"
-        f"  {command('sample', out, '--num', 100, '--seed', 1)}   再抽一些新的图\n"
+        f"  {command('sample', out, '--prior', 'fitted', '--num', 100)}   再抽一些新的图\n"
         f"  {command('interpolate', out, '--second', min(5, len(data.test) - 1))}          看一张变成另一张\n"
         f"  {command('train', '--resume', '--out', out, '--epochs', config.epochs * 2)}   训练得更久\n"
         "  jupyter lab notebooks                                    打开课程"
@@ -173,16 +179,30 @@ def _say_settings(
             say(f"注意：只有 {len(data.train)} 张训练图，模型多半会把它们背下来，测试图的重建不会好；几百张起才学得到共同的样子。")
 
 
-def _draw_results(model: VanillaVAE, data: ImageSet, history: list[dict], result: Evaluation, out: Path) -> None:
+def _draw_results(run: using.Opened, data: ImageSet, history: list[dict], result: Evaluation) -> None:
     from vaelab import plot
 
     plot.use_chinese_font()
-    using.save_figure(using.pairs(model, data.test[:24]), out / "reconstructions.png")
-    samples = model.sample(64, generator=torch.Generator().manual_seed(0))
-    using.save_figure(plot.grid(samples, 8, title="先验样本：z ~ N(0, I)，解码"), out / "samples.png")
-    using.save_figure(plot.kl_bars(result.kld_per_dim), out / "kl.png")
-    if history:
-        using.save_figure(plot.history(history, result.baseline_mse), out / "history.png")
+    using.save_figure(using.pairs(run.model, data.test[:24]), run.folder / "reconstructions.png")
+    generator = torch.Generator().manual_seed(0)
+    standard = torch.randn((32, run.model.latent_dim), generator=generator)
+    fitted = using.fitted_prior(run, data.train).sample(32, generator)
+    samples = torch.cat([images for z in (standard, fitted) for images in using.decode(run.model, z)])
+    labels = ["N(0, I)"] * 4 + ["拟合的先验"] * 4
+    using.save_figure(
+        plot.grid(samples, 8, title="抽样，解码：上四行 z ~ N(0, I)，下四行 z ~ 拟合训练图的混合高斯", row_labels=labels), run.folder / "samples.png"
+    )
+    using.save_figure(plot.kl_bars(result.kld_per_dim), run.folder / "kl.png")
+    using.save_figure(plot.history(history, result.baseline_mse), run.folder / "history.png")
+
+
+def _cache(options: argparse.Namespace) -> int:
+    """解码缓存：在哪里，多大；``--clear`` 清理。"""
+    if options.clear:
+        number, size = clear_cache(older_than_days=options.older_than)
+        print(f"清掉了 {number} 份，{size / 1e6:.1f} MB；正在用着的没有动。")
+    print(cache_summary())
+    return 0
 
 
 COMMANDS = {
@@ -191,6 +211,9 @@ COMMANDS = {
     "reconstruct": using.reconstruct,
     "interpolate": using.interpolate,
     "evaluate": using.evaluate_run,
+    "info": using.info,
+    "export": using.export,
+    "cache": _cache,
     "info": using.info,
     "export": using.export,
 }

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from vaelab.checkpoint import CHECKPOINT, load_checkpoint
+from vaelab.checkpoint import CHECKPOINT, checkpoint_file, load_checkpoint
 from vaelab.data import NAMES, load
 from vaelab.files import LOCK, hold
 from vaelab.images import ImageSet
@@ -20,8 +20,8 @@ DATA_DEFAULTS = {"data": "faces", "root": "data", "image_size": 64, "channels": 
 
 
 @contextmanager
-def claim(given: dict) -> Iterator[tuple[Path, dict | None]]:
-    """占住结果文件夹，给出它与续训时的检查点；不续训就绝不写进已有结果的文件夹。
+def claim(given: dict) -> Iterator[tuple[Path, Path | None]]:
+    """占住结果文件夹，给出它与续训的检查点文件（``--out`` 可以是更早的一份）；不续训就绝不写进已有结果的文件夹。
 
     没有指明时在 ``runs/`` 里找第一个没有人用的名字：先占住，再看里面，所以同时开始的几个训练各得一个。
     一份检查点也没有写下就离开，占位时建的文件夹不留下。
@@ -31,13 +31,13 @@ def claim(given: dict) -> Iterator[tuple[Path, dict | None]]:
         OSError: 它正被另一个训练占着，或不能写。
     """
     if given.get("resume"):
-        out = Path(given["out"]) if "out" in given else latest_run()
-        load_checkpoint(out)  # 先看有没有：没有就不建文件夹
-        with hold(out):
-            yield out, load_checkpoint(out)
+        file = checkpoint_file(Path(given["out"]).expanduser() if "out" in given else latest_run())
+        load_checkpoint(file)  # 先看有没有：没有就不建文件夹
+        with hold(file.parent):
+            yield file.parent, file
         return
     if "out" in given:
-        names = iter([Path(given["out"])])
+        names = iter([Path(given["out"]).expanduser()])
     else:
         name = str(given.get("data", DATA_DEFAULTS["data"]))
         name = name if name in NAMES else Path(name).expanduser().resolve().name or "images"

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -83,7 +83,7 @@ def sample(options: argparse.Namespace) -> int:
     print(f"用的是 {run.which}")
     generator = torch.Generator().manual_seed(options.seed)
     if options.prior == "fitted":
-        z = _fitted_prior(run, options).sample(num, generator)
+        z = fitted_prior(run, lambda: _data(run, options).train, options.data).sample(num, generator)
     else:
         z = torch.randn((num, run.model.latent_dim), generator=generator)
     if kind == "png":
@@ -248,15 +248,15 @@ def _own(model: VanillaVAE, path: str, limit: int) -> Tensor:
     return images
 
 
-def _fitted_prior(run: Opened, options: argparse.Namespace) -> Mixture:
-    """拟合的先验，存在运行文件夹里；换了权重或数据就重新拟合。"""
-    key = hashlib.blake2b(repr((run.state.get("data"), run.state["extra"], options.data)).encode(), digest_size=16)
+def fitted_prior(run: Opened, train: Tensor | Callable[[], Tensor], data: str | None = None) -> Mixture:
+    """用训练图 ``[N, C, H, W]`` 的隐变量拟合的先验，存在运行文件夹里；换了权重或数据就重新拟合。"""
+    key = hashlib.blake2b(repr((run.state.get("data"), data)).encode(), digest_size=16)
     for name, value in run.state["model"].items():
         key.update(name.encode() + value.contiguous().view(-1).numpy().tobytes())
     path = run.folder / PRIOR
     mixture = load_prior(path, key.hexdigest())
     if mixture is None:
-        train = _data(run, options).train
+        train = train() if callable(train) else train
         print(f"用 {len(train)} 张训练图的隐变量拟合先验……", flush=True)
         mixture = fit_prior(run.model, train)
         try:
