@@ -40,12 +40,15 @@ def model_defaults(source: str, size: int) -> dict:
     return {"latent_dim": 128, "hidden_dims": [32 * 2**level for level in range(max(1, round(math.log2(max(size, 8) / 4))))]}
 
 
-def config_defaults(source: str, images: Tensor, given: dict) -> dict:
+def config_defaults(source: str, images: Tensor) -> dict:
     """训练的设置：自己的图片 σ² 取最优，批大小不超过训练图的一半，左右分不出就随机翻转。"""
     if source in NAMES:
-        return {"mirror": given.get("flip") == "on"}
-    mirror = given["flip"] == "on" if given.get("flip", "auto") != "auto" else lopsided(images) < LOPSIDED
-    return {"kld_weight": "optimal", "batch_size": min(TrainConfig.batch_size, max(2, len(images) // 2)), "mirror": mirror}
+        return {}
+    return {
+        "kld_weight": "optimal",
+        "batch_size": min(TrainConfig.batch_size, max(2, len(images) // 2)),
+        "mirror": lopsided(images) < LOPSIDED,
+    }
 
 
 def lopsided(images: Tensor) -> float:

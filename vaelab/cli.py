@@ -17,7 +17,7 @@ import torch
 from vaelab import choose, using
 from vaelab.arguments import build_parser, check_early
 from vaelab.cache import cache_summary, clear_cache
-from vaelab.checkpoint import CHECKPOINT, load_checkpoint
+from vaelab.checkpoint import load_checkpoint
 from vaelab.config import MODEL_DEFAULTS, TrainConfig
 from vaelab.data import NAMES
 from vaelab.evaluate import Evaluation, evaluate
@@ -89,7 +89,7 @@ def _train_in(out: Path, resume: Path | None, options: argparse.Namespace, world
     say(f"数据：{shown(source)}")
     with world.first_goes_first():  # 下载与解码只由一个进程做，其余用它的结果
         data = load_data(extra, given.get("download", False), say)
-    config = _config(given, saved, choose.config_defaults(source, data.train, given))
+    config = _config(given, saved, choose.config_defaults(source, data.train))
     torch.manual_seed(config.seed)
     model = VanillaVAE(**{**wanted, **({} if saved else {"in_channels": data.train.shape[1]})}).to(device)
     how = {name: given[name] for name in ("compile", "cuda_graphs", "data_on") if name in given}
@@ -104,13 +104,12 @@ def _train_in(out: Path, resume: Path | None, options: argparse.Namespace, world
         return 0
     run = using.open_run(str(out), options.device)
     if run.state["step"] != history[-1]["step"]:
-        print(f"用测试 ELBO 最高的一份，{run.which}；最后的一份在 {CHECKPOINT}")
+        print(f"用测试 ELBO 最高的一份：{run.which}")
     result = evaluate(run.model, data.test, seed=config.seed)
     print(result.summary())
     _draw_results(run, data, history, result)
-    print(
-        f"图在 {shown(out.resolve())}：reconstructions.png（原图与重建）、samples.png（抽样：先验的，与拟合的先验的）、kl.png（逐维 KL）、history.png（曲线）"
-    )
+    names = "reconstructions.png（原图与重建）、samples.png（从先验、从拟合的先验抽样）、kl.png（逐维 KL）、history.png（曲线）"
+    print(f"图在 {shown(out.resolve())}：{names}")
     print(
         "接下来可以试：\n"
         f"  {command('sample', out, '--prior', 'fitted', '--num', 100)}   再抽一些新的图\n"
@@ -138,6 +137,8 @@ def _where_from(given: dict, saved: dict | None, device: torch.device) -> dict:
 def _config(given: dict, saved: dict | None, defaults: dict) -> TrainConfig:
     """训练的设置：指明的，否则续训照旧，否则缺省。"""
     chosen = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
+    if given.get("flip", "auto") != "auto":
+        chosen["mirror"] = given["flip"] == "on"
     return TrainConfig(**{**(saved["config"] if saved else defaults), **chosen})
 
 
@@ -214,6 +215,4 @@ COMMANDS = {
     "info": using.info,
     "export": using.export,
     "cache": _cache,
-    "info": using.info,
-    "export": using.export,
 }
