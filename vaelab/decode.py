@@ -39,6 +39,7 @@ _GREY_TIFF = [(3, 64, "F", "F;64{}F"), (3, 32, "F", "F;32{}F"), (1, 32, "I", "I;
 _GREY_TIFF += [(1, 16, "I;16", "I;16{}")]
 _SPARED = 16  # 中间没写上、结尾却在的文件，留着的结尾至多算这么长
 MAX_PIXELS = 2**28  # 16384×16384（JPEG 按缩小解码之后的大小算）；再大的不解码，以免一个小文件撑满内存
+MAX_BYTES = 2**30  # 查完整要把压缩的文件整个读进来
 
 _SYSTEM_REASONS = {
     errno.EIO: "磁盘或网络盘读写出错",
@@ -46,6 +47,7 @@ _SYSTEM_REASONS = {
     errno.ENOENT: "链接断开或文件已不在",
     errno.EACCES: "没有读取权限",
     errno.EPERM: "没有读取权限",
+    errno.ELOOP: "链接绕成了圈",
     errno.EMFILE: "打开的文件太多",
     errno.ENOTCONN: "网络盘断开",
     errno.ETIMEDOUT: "网络盘没有回应",
@@ -170,8 +172,12 @@ def decode_picture(path: Path, *, image_size: int, channels: int, crop: int | No
                 return _fit_wide(_colour_pfm(file), "float", False, image_size, channels, crop)
             if missing := _missing_plugin(path, head):
                 return missing
+            size = file.seek(0, os.SEEK_END)
+            if size > MAX_BYTES and not re.match(rb"II[*+]\0|MM\0[*+]|BM|P\d", head):  # 这几种不压缩、或有许多页
+                return Unreadable(f"文件太大，压缩的图片上限是 {MAX_BYTES / 2**30:.0f} GB")
             zeros = _zero_tail(file)
-            _require_whole(file, head, zeros)
+            with _budget.hold(size):
+                _require_whole(file, head, zeros)
             zeros = max(zeros, _zero_tail(file, _SPARED))
             try:
                 return _read(file, zeros, image_size, channels, crop)

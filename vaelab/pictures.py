@@ -82,6 +82,8 @@ def find_pictures(folder: Path) -> tuple[Files, tuple[str, ...]]:
             path = here / name
             suffix, relative = path.suffix.lower(), path.relative_to(folder).as_posix()
             if name[0] == ".":
+                if suffix == ".icloud":
+                    left_out.setdefault("还在 iCloud 上的文件（请先下载）", []).append(relative)
                 continue
             if suffix in _KIND_LEFT_OUT and suffix not in suffixes:
                 left_out.setdefault(_KIND_LEFT_OUT[suffix], []).append(relative)
