@@ -6,10 +6,13 @@
 import os
 from pathlib import Path
 
-# 空转的 OpenMP 线程会与别的程序抢 CPU。须在 import torch 之前；笔记的内核与测试起的子进程都继承它。
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# 空转的 OpenMP 线程会与别的程序抢 CPU。须在 import torch 之前；笔记的内核与测试起的子进程都继承这里设的环境变量。
+import vaelab.prepare  # noqa: F401
+
+os.environ.pop("MPLBACKEND", None)  # 集群上常设为 Agg，笔记的内核就一张图也不显示
 
 import hypothesis
+import matplotlib  # noqa: F401  存字体表的文件夹不能写，它改用临时的，记在环境变量里
 import pytest
 import torch
 

@@ -39,13 +39,21 @@ def png(colour_type: int, bits: int, rows: np.ndarray, *before: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(before) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
 
-def tiff(pixels: np.ndarray, bits: int, sample_format: int = 1, photometric: int = 1) -> bytes:
-    """不压缩的灰度 TIFF；PIL 自己不写有符号的与 WhiteIsZero 的。"""
-    tags = [(256, SIDE), (257, SIDE), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, SIDE), (279, pixels.nbytes)]
-    tags += [(339, sample_format)]
-    body = pixels.tobytes()
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    return struct.pack("<2sHI", b"II", 42, 8 + len(body)) + body + struct.pack("<H", len(tags)) + entries + bytes(4)
+def tiff(pixels: np.ndarray, bits: int, sample_format: int = 1, photometric: int = 1, *, order: str = "<", packed: bool = False) -> bytes:
+    """TIFF：灰度 ``[H, W]``，或分面存放的彩色 ``[C, H, W]``；PIL 自己不写有符号的、WhiteIsZero 的、大端压缩的、分面的。"""
+    planes = [plane.astype(plane.dtype.newbyteorder(order)).tobytes() for plane in (pixels if pixels.ndim == 3 else [pixels])]
+    strips = [zlib.compress(plane) for plane in planes] if packed else planes
+    offsets = [8 + sum(map(len, strips[:index])) for index in range(len(strips))]
+    count = len(strips)
+    tags = [(256, [SIDE]), (257, [SIDE]), (258, [bits] * count), (259, [8 if packed else 1]), (262, [photometric]), (273, offsets)]
+    tags += [(277, [count]), (278, [SIDE]), (279, list(map(len, strips))), (284, [2 if count > 1 else 1]), (339, [sample_format] * count)]
+    lists, entries = b"".join(strips), b""
+    for tag, values in tags:
+        data = struct.pack(f"{order}{len(values)}I", *values)
+        entries += struct.pack(f"{order}HHI", tag, 4, len(values)) + (data if len(values) == 1 else struct.pack(f"{order}I", 8 + len(lists)))
+        lists += data if len(values) > 1 else b""
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    return head + struct.pack(f"{order}I", 8 + len(lists)) + lists + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
 
 
 def pfm(pixels: np.ndarray, order: str, scale: float) -> bytes:
@@ -75,6 +83,31 @@ def display_p3() -> bytes:
         if name in columns:
             profile[offset + 8 : offset + 20] = struct.pack(">3i", *(round(value * 65536) for value in columns[name]))
     return bytes(profile)
+
+
+def linear_grey() -> bytes:
+    """γ 为 1 的灰度配置文件。"""
+    white, curve = struct.pack(">4s4x3i", b"XYZ ", 63190, 65536, 54061), struct.pack(">4s4xIHxx", b"curv", 1, 256)
+    body = struct.pack(">I4sII4sII", 2, b"wtpt", 156, 20, b"kTRC", 176, 16) + white + curve
+    head = struct.pack(">I4sI4s4s4s", 128 + len(body), b"lcms", 0x02400000, b"mntr", b"GRAY", b"XYZ ") + bytes(12) + b"acsp"
+    return (head + bytes(28) + white[8:]).ljust(128, b"\0") + body
+
+
+def with_alpha_mask(bmp: bytes) -> bytes:
+    """32 位的 BMP 换成写明透明度掩码的头（BITMAPV4HEADER）。"""
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    info = struct.pack("<I", 108) + bmp[18:30] + struct.pack("<I", 3) + bmp[34:54] + masks + bytes(52)
+    return bmp[:10] + struct.pack("<I", 14 + len(info)) + info + bmp[54:]
+
+
+def siz_of_16_bits(jpeg2000: bytes) -> bytes:
+    """头里的位数改成 16 的彩色 JPEG 2000；PIL 解真的这种图，白会成了黑。"""
+    data = bytearray(jpeg2000)
+    siz = data.index(b"\xff\x4f\xff\x51")
+    data[siz + 42 : siz + 51 : 3] = bytes([15] * 3)
+    if b"ihdr" in data:
+        data[data.index(b"ihdr") + 14] = 15
+    return bytes(data)
 
 
 def _animated_webp() -> bytes:
@@ -123,6 +156,13 @@ def odd_pictures() -> dict[str, tuple[bytes, tuple | None, int]]:
     photo = photograph()
     corner = ((255, 0, 0), WHITE, WHITE, WHITE)
     head = plain[:33]
+    planes16 = np.moveaxis(quarters([tuple(c * 257 for c in each) for each in COLOURS], np.uint16), 2, 0)
+    linear = tuple((round(255 * (g / 255) ** (1 / 2.2)),) * 3 for g in GREYS)
+    opaque = Image.fromarray(np.dstack([grey, np.full_like(grey, 255)]))
+    half_clear_rgb = Image.fromarray(np.dstack([quarters(COLOURS), np.full_like(grey, 128)]))
+    half_clear = Image.fromarray(np.dstack([in_p3, np.full_like(grey, 128)]))
+    idle = Image.fromarray(np.dstack([quarters(COLOURS), np.zeros_like(grey)]))
+    idle_bmp = with_alpha_mask(saved(idle, "BMP"))
     half = {f"half_{kind.lower()}.{kind.lower()}": emptied(saved(photo, kind)) for kind in ("JPEG", "WEBP", "PNG", "TIFF", "BMP", "GIF", "PPM")}
     return {
         "plain.png": (plain, COLOURS, 0),
@@ -145,6 +185,10 @@ def odd_pictures() -> dict[str, tuple[bytes, tuple | None, int]]:
         "bad_crc.png": (head + chunk(b"tEXt", b"a\0b")[:-1] + b"?" + plain[33:], COLOURS, 0),
         "bad_xmp.jpg": (jpeg[:2] + b"\xff\xe1\0\x29http://ns.adobe.com/xap/1.0/\0<x:xmp\xff\xfe" + bytes(2) + jpeg[2:], COLOURS, 6),
         "bad_exif.jpg": (saved(colour, "JPEG", exif=exif.tobytes()[:30], quality=95, subsampling=0), COLOURS, 6),
+        "linear_gamma.png": (png(0, 8, grey, chunk(b"gAMA", struct.pack(">I", 100_000))), linear, 1),
+        "srgb_gamma.png": (png(0, 8, grey, chunk(b"gAMA", struct.pack(">I", 100_000)), chunk(b"sRGB", b"\0")), greys, 0),
+        "linear_alpha.png": (saved(opaque, "PNG", icc_profile=linear_grey()), linear, 3),
+        "p3_half_clear.png": (saved(half_clear, "PNG", icc_profile=p3), tuple(tuple(round((c + 255) / 2) for c in each) for each in COLOURS), 6),
         "trns_grey.png": (png(0, 8, grey, chunk(b"tRNS", b"\0\0")), (WHITE, *greys[1:]), 0),
         "trns_two_bit.png": (png(0, 2, two_bit, chunk(b"tRNS", b"\0\2")), ((0,) * 3, WHITE, WHITE, (85,) * 3), 0),
         "trns_grey16.png": (png(0, 16, grey16.astype(">u2"), chunk(b"tRNS", b"\0\0")), (WHITE, *greys[1:]), 0),
@@ -161,6 +205,18 @@ def odd_pictures() -> dict[str, tuple[bytes, tuple | None, int]]:
         "int16/ct.tif": (tiff(signed, 16, 2), ((0,) * 3, WHITE, (128,) * 3, (191,) * 3), 1),
         "int8/signed.tif": (tiff(quarters((-128, 127, 0, -64), np.int8), 8, 2), greys, 1),
         "uint32/u.tif": (tiff(quarters([g * 2**24 for g in GREYS], np.uint32), 32), greys, 2),
+        "uint32_big/u.tif": (tiff(quarters([g * 2**24 for g in GREYS], np.uint32), 32, order=">", packed=True), greys, 2),
+        "float_big/f.tif": (tiff(floats, 32, 3, order=">", packed=True), greys, 1),
+        "float64/f.tif": (tiff(floats.astype(np.float64), 64, 3), greys, 1),
+        "float64_big/f.tif": (tiff(floats.astype(np.float64), 64, 3, order=">", packed=True), greys, 1),
+        "int16_big/i.tif": (tiff(quarters([g * 128 for g in GREYS], np.int16), 16, 2, order=">", packed=True), greys, 1),
+        "int32_big/i.tif": (tiff(quarters([g * 2**23 for g in GREYS], np.int32), 32, 2, order=">", packed=True), greys, 2),
+        "white_is_zero16_big.tif": (tiff(65535 - grey16, 16, photometric=0, order=">"), greys, 0),
+        "planes16.tif": (tiff(planes16, 16, photometric=2), COLOURS, 0),
+        "planes16_big.tif": (tiff(planes16, 16, photometric=2, order=">"), COLOURS, 0),
+        "planes16_packed.tif": (tiff(planes16, 16, photometric=2, order=">", packed=True), COLOURS, 0),
+        "float16.tif": (tiff(floats.astype(np.float16), 16, 3), None, 0),
+        "float_colour.tif": (tiff(np.stack([floats] * 3), 32, 3, 2), None, 0),
         "pfm/little.pfm": (pfm(floats, "<", 1), greys, 1),
         "pfm/big.pfm": (pfm(floats, ">", 1), greys, 1),
         "pfm/scaled.pfm": (pfm(floats, "<", 255), greys, 1),
@@ -170,12 +226,17 @@ def odd_pictures() -> dict[str, tuple[bytes, tuple | None, int]]:
         "partial.webp": (_animated_webp(), corner, 8),
         "apng.png": (saved(colour, "PNG", save_all=True, append_images=[Image.new("RGB", colour.size)]), COLOURS, 0),
         "mpo.jpg": (saved(colour, "MPO", save_all=True, append_images=[photo], quality=95, subsampling=0), COLOURS, 6),
+        "idle_alpha.bmp": (idle_bmp, COLOURS, 0),
+        "idle_alpha.tga": (saved(idle, "TGA"), COLOURS, 0),
+        "half_alpha.tga": (saved(half_clear_rgb, "TGA"), tuple(tuple(round((c + 255) / 2) for c in each) for each in COLOURS), 1),
         "black.bmp": (saved(Image.new("RGB", colour.size), "BMP"), ((0,) * 3,) * 4, 0),
         "black_below.ppm": (saved(Image.fromarray(quarters((*COLOURS[:2], (0,) * 3, (0,) * 3))), "PPM"), (*COLOURS[:2], (0,) * 3, (0,) * 3), 0),
         **{name: (data, None, 0) for name, data in half.items()},
         "hole.jpg": (emptied(saved(photo, "JPEG"), keep_end=2), None, 0),
         "hole_progressive.jpg": (emptied(saved(photo, "JPEG", progressive=True), keep_end=2), None, 0),
         "hole_optimised.jpg": (emptied(saved(photo, "JPEG", optimize=True), keep_end=2), None, 0),
+        "deep.j2k": (siz_of_16_bits(saved(colour, "JPEG2000", no_jp2=True)), None, 0),
+        "deep.jp2": (siz_of_16_bits(saved(colour, "JPEG2000")), None, 0),
         "hole.bmp": (emptied(saved(photo, "BMP"), 0.4, keep_end=2), None, 0),
         "hole.jp2": (emptied(saved(photo, "JPEG2000"), keep_end=2), None, 0),
         "last_quarter.webp": (emptied(saved(photo, "WEBP"), 0.75), None, 0),
@@ -189,6 +250,7 @@ def odd_pictures() -> dict[str, tuple[bytes, tuple | None, int]]:
         "phone.hif": (b"\0\0\0\x18ftypheix" + bytes(range(99)), None, 0),
         "x.jxl": (bytes.fromhex("ff0a") + bytes(range(99)), None, 0),
         "drawing.svg": (b"<svg/>", None, 0),
+        "stars.fits": (b"SIMPLE  =                    T", None, 0),
         "film.mp4": (b"\0\0\0\x18ftypmp42", None, 0),
     }
 

@@ -179,12 +179,13 @@ def test_copies_links_thumbnails_and_own_runs_are_no_data(tmp_path):
     if os.name == "posix":
         (folder / "a_link.png").symlink_to("0002.png")
     (folder / "runs" / "x").mkdir(parents=True)
+    (folder / ".IMG_1.jpg.icloud").write_bytes(b"bplist00")
     (folder / "runs" / "x" / "checkpoint.pt").touch()
     photograph(2).save(folder / "runs" / "x" / "samples.png")
     images = get(folder)
     assert len(images.train) + len(images.test) == 10
     notes = "".join(images.notes)
-    for word in ("@eaDir", "runs/x", "0003", "hard.png", "a_link.png"):
+    for word in ("@eaDir", "runs/x", "0003", "hard.png", "a_link.png", "IMG_1.jpg.icloud"):
         assert word in notes
     assert "0002.png" not in notes  # 留下的是真的那个，不是链接
 
@@ -214,6 +215,22 @@ def test_hostile_names_in_notes(tmp_path):
         (folder / os.fsdecode(name)).write_bytes(b"bad")
     (note,) = get(folder).notes
     assert "a\\nb.png" in note and "\\xff\\xfe.png" in note and "\\u202e" in note and note.isprintable()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="只有 Linux 限得住一个进程的内存，别处也未必有稀疏文件")
+def test_a_huge_file_is_named_and_not_read_into_memory(tmp_path):
+    path = tmp_path / "huge.jpg"
+    path.write_bytes(saved(photograph(), "JPEG"))
+    os.truncate(path, 3 * 2**30)  # 稀疏文件，不占磁盘
+    limited = (
+        "import resource, sys, vaelab.decode as d; from pathlib import Path; d.formats();"
+        "size = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize() + 2**30;"
+        "resource.setrlimit(resource.RLIMIT_AS, (size, size));"
+        "print(d.decode_picture(Path(sys.argv[1]), image_size=16, channels=3).reason)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", limited, str(path)], env=environment, capture_output=True, encoding="utf-8", cwd=REPO)
+    assert "上限是 1 GB" in done.stdout, done.stderr
 
 
 # ---------------------------------------------------------------- 再试，记住，清掉

@@ -315,3 +315,19 @@ def test_other_addresses_are_refused_in_chinese(bad):
 def test_help_and_mistakes_are_in_chinese(tree):
     assert "用法" in stamp(tree, "--help").stdout
     assert stamp(tree, "a", "b").returncode == 2
+
+
+def test_the_first_chapter_sees_figures_that_do_not_show_and_fonts_that_cannot_be_kept(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "file" / "x"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "notebooks/00_start_here.ipynb", 4)
+    last = next(index for index, each in enumerate(notebook.cells) if "环境齐备" in each.source)
+    notebook.cells = notebook.cells[: last + 1]
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": ROOT / "notebooks"}}, allow_errors=True).execute()
+    outputs = [output for each in notebook.cells for output in each.get("outputs", [])]
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "✗ 图会显示出来：先运行 %matplotlib inline" in text and "✗ 字体表存得下来" in text and "MPLCONFIGDIR 设为" in text
+    assert "temporary cache" not in text and "mkdir" not in text  # matplotlib 的英文
+    assert "还有 2 项没有通过：图会显示出来、字体表存得下来" in outputs[-1].evalue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = build_parser().parse_args(argv)
             check_early(options)
             os.environ["MPLBACKEND"] = "Agg"  # 只写文件，没有屏幕也行；环境里原来写着什么，导入时就会检查
+            logging.getLogger("matplotlib").setLevel(logging.ERROR)  # 存字体表的文件夹不能写，它会说一段英文；不影响画图
             import matplotlib
 
             matplotlib.use("Agg")

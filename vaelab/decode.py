@@ -21,10 +21,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import psutil
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
-# PIL 登记了扩展名、却不是位图的格式：文档、矢量图、视频、气象数据。
-_NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MCIDAS", "MPEG", "PALM", "PDF", "WMF"}
+# PIL 登记了扩展名、却不是位图的格式：文档、矢量图、视频、气象数据；FITS 的 BZERO 与 BSCALE，PIL 不理会。
+_NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MCIDAS", "MPEG", "PALM", "PDF", "WMF"}
 _PLUGINS = ("pillow_heif", "pillow_avif", "pillow_jxl")  # 装了就用，没装也不要
 # PIL 的格式名 → 给人看的名字、扩展名、文件开头的样子、装什么
 _NEED_PLUGIN = {
@@ -34,8 +34,12 @@ _NEED_PLUGIN = {
 }
 # 扩展名不像图片的文件，只有开头是这些才当作图片
 _MAGIC = rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0\0\0\0|II\*\0|MM\0\*|.{4}ftyp(hei|hev|mif1|msf1|avi)|\0\0\0\x0c(jP|JXL) "
+# SampleFormat、几位、PIL 的 mode 与 raw mode（{} 处大端是 B）
+_GREY_TIFF = [(3, 64, "F", "F;64{}F"), (3, 32, "F", "F;32{}F"), (1, 32, "I", "I;32{}"), (2, 32, "I", "I;32{}S"), (2, 16, "I", "I;16{}S")]
+_GREY_TIFF += [(1, 16, "I;16", "I;16{}")]
 _SPARED = 16  # 中间没写上、结尾却在的文件，留着的结尾至多算这么长
 MAX_PIXELS = 2**28  # 16384×16384（JPEG 按缩小解码之后的大小算）；再大的不解码，以免一个小文件撑满内存
+MAX_BYTES = 2**30  # 查完整要把压缩的文件整个读进来
 
 _SYSTEM_REASONS = {
     errno.EIO: "磁盘或网络盘读写出错",
@@ -43,6 +47,7 @@ _SYSTEM_REASONS = {
     errno.ENOENT: "链接断开或文件已不在",
     errno.EACCES: "没有读取权限",
     errno.EPERM: "没有读取权限",
+    errno.ELOOP: "链接绕成了圈",
     errno.EMFILE: "打开的文件太多",
     errno.ENOTCONN: "网络盘断开",
     errno.ETIMEDOUT: "网络盘没有回应",
@@ -92,6 +97,11 @@ def _register() -> None:
             plugin = importlib.import_module(name)
             getattr(plugin, "register_heif_opener", lambda: None)()
     Image.init()
+    for order, big in ((b"II", ""), (b"MM", "B")):  # PIL 的表里没有、却会解的灰度 TIFF
+        for white_is_zero in (0, 1):
+            for kind, bits, mode, raw in _GREY_TIFF:
+                mode, raw = f"{mode}{big}" if bits == 16 and kind == 1 else mode, raw.format(big)
+                TiffImagePlugin.OPEN_INFO.setdefault((order, white_is_zero, (kind,), 1, (bits,), ()), (mode, raw))
 
 
 def formats() -> list[str]:
@@ -162,8 +172,12 @@ def decode_picture(path: Path, *, image_size: int, channels: int, crop: int | No
                 return _fit_wide(_colour_pfm(file), "float", False, image_size, channels, crop)
             if missing := _missing_plugin(path, head):
                 return missing
+            size = file.seek(0, os.SEEK_END)
+            if size > MAX_BYTES and not re.match(rb"II[*+]\0|MM\0[*+]|BM|P\d", head):  # 这几种不压缩、或有许多页
+                return Unreadable(f"文件太大，压缩的图片上限是 {MAX_BYTES / 2**30:.0f} GB")
             zeros = _zero_tail(file)
-            _require_whole(file, head, zeros)
+            with _budget.hold(size):
+                _require_whole(file, head, zeros)
             zeros = max(zeros, _zero_tail(file, _SPARED))
             try:
                 return _read(file, zeros, image_size, channels, crop)
@@ -183,6 +197,8 @@ def decode_picture(path: Path, *, image_size: int, channels: int, crop: int | No
     except MemoryError:
         return Unreadable("内存不够", "system")
     except UnidentifiedImageError:
+        if re.match(rb"II[*+]\0|MM\0[*+]", head):
+            return Unreadable("TIFF 里的数 PIL 读不了，例如 16 位或彩色的浮点；请先转成 8 或 16 位的整数", "decoder")
         return Unreadable("内容不是认得的图片", "decoder")
     except OSError as error:
         if error.errno is None:  # 没有系统的错误号：是解码器说的
@@ -210,6 +226,10 @@ def _read(file: BinaryIO, zeros: int, image_size: int, channels: int, crop: int 
     with Image.open(file, formats=known) as image:
         if str(image.info.get("Software", "")).startswith("vaelab"):
             raise _OwnFigure
+        if image.format == "TIFF":
+            _mend_tiles(image)
+        if image.format == "JPEG2000" and len(image.getbands()) > 1:
+            _require_eight_bits(file)
         raw, box = _tile(image)
         if crop is None:
             image.draft(None, (2 * image_size, 2 * image_size))  # JPEG 可以直接解码成 1/2、1/4、1/8 大小
@@ -221,8 +241,8 @@ def _read(file: BinaryIO, zeros: int, image_size: int, channels: int, crop: int 
             image.load()
             if zeros and _stops_midway(image, zeros / max(1, file.seek(0, os.SEEK_END))):
                 raise _Damaged("后面一段全是零，没有写完")
-            profile = image.info.get("icc_profile")
-            whole = _on_whole_canvas(image, box or _webp_box(file, image))
+            profile = image.info.get("icc_profile") or _gamma(image)
+            whole = _without_idle_alpha(_on_whole_canvas(image, box or _webp_box(file, image)), image.format)
             square = _square(_upright(whole), crop, image_size)
     if kind == "uint":  # 16 位（或 12 位）的灰度，白有约定
         values = np.asarray(square)
@@ -235,8 +255,10 @@ def _read(file: BinaryIO, zeros: int, image_size: int, channels: int, crop: int 
         values = values.view(np.int8) if kind == "int8" else values.view(np.uint32) if bits == 32 else values
         return _fit_wide(_finite(values, tags)[..., None], kind, inverted, image_size, channels, None)
     elif square.has_transparency_data:
-        square = square.convert("RGBA")
-        square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
+        alpha = square.convert("RGBA").getchannel("A")
+        colour = _to_srgb(square.convert("L" if square.mode in ("L", "LA") else "RGB"), profile)
+        square, profile = Image.new("RGB", square.size, "white"), None
+        square.paste(colour, mask=alpha)
     # CelebA 用通行做法的双线性，数值才能与别人的比；自己的图片用更清晰的 Lanczos。
     resample = Image.Resampling.BILINEAR if crop else Image.Resampling.LANCZOS
     if square.mode not in ("RGB", "L", "CMYK", "LAB"):
@@ -257,6 +279,36 @@ def _tile(image: Image.Image) -> tuple[str, tuple[int, ...] | None]:
     elif image.format == "PNG" and isinstance(key, int) and raw in ("L;2", "L;4"):
         image.info["transparency"] = key * (85 if raw == "L;2" else 17)
     return str(raw), tuple(tile[1]) if tile and image.format == "GIF" else None
+
+
+def _mend_tiles(image: Image.Image) -> None:
+    """补上 PIL 读 TIFF 的两处错：压缩的大端数，libtiff 已换成本机的次序，它又换一遍；分面存放的 16 位彩色，它当作 8 位。"""
+    big = image.tag_v2.prefix == b"MM"  # type: ignore[attr-defined]
+    deep = 16 in _as_tuple(image.tag_v2.get(258))  # type: ignore[attr-defined]
+    tiles = getattr(image, "tile", [])
+    for index, tile in enumerate(tiles):
+        codec, extent, offset, arguments = tile
+        raw = arguments[0]
+        if codec == "libtiff":
+            raw = re.sub(r"(;\d+)B", r"\1N", raw)
+        elif len(raw) == 1 and deep and len(image.getbands()) > 1:
+            raw += ";16B" if big else ";16L"
+        tiles[index] = getattr(tile, "_make", tuple)((codec, extent, offset, (raw, *arguments[1:])))  # 老的 Pillow 里是元组
+
+
+def _require_eight_bits(file: BinaryIO) -> None:
+    """PIL 把更深的彩色 JPEG 2000 舍入到 8 位时会溢出：白成了黑。"""
+    file.seek(0)
+    found = re.search(rb"ihdr.{10}(.)|\A\xff\x4f\xff\x51.{38}(.)", file.read(4096), re.DOTALL)
+    if found and 8 < ((found[1] or found[2])[0] & 127) + 1 <= 38:  # 255 是各不相同
+        raise _Damaged("多于 8 位的彩色 JPEG 2000，PIL 会把白解成黑；请先转成 8 位，或转成 PNG")
+
+
+def _without_idle_alpha(image: Image.Image, kind: str | None) -> Image.Image:
+    """BMP、TGA、ICO 的第四个字节常只是填的零，不是透明。"""
+    if kind in ("BMP", "DIB", "TGA", "ICO") and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+        return image.convert("RGB")
+    return image
 
 
 def _numbers(image: Image.Image, raw: str, tags) -> tuple[str, int, bool]:
@@ -397,7 +449,17 @@ def _srgb_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransf
     return transform
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+def _gamma(image: Image.Image) -> float | None:
+    """PNG 自己写明的 γ（gAMA），没有写明颜色、又与 sRGB 的 1/2.2 不同时才有。"""
+    gamma = image.info.get("gamma") if image.format == "PNG" and "srgb" not in image.info else None
+    return gamma if gamma and 0.1 < gamma < 10 and abs(2.2 * gamma - 1) > 0.05 else None
+
+
+def _to_srgb(image: Image.Image, profile: bytes | float | None) -> Image.Image:
+    """``profile`` 是 ICC 配置文件，或 PNG 的 γ。"""
+    if isinstance(profile, float):
+        levels = [round(255 * (value / 255) ** (1 / (2.2 * profile))) for value in range(256)]
+        return image.point(levels * len(image.getbands()))
     if profile or image.mode == "LAB":
         transform = _srgb_transform(None if image.mode == "LAB" else profile, image.mode)
         if transform is not None:

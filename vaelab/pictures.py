@@ -28,7 +28,7 @@ from vaelab.decode import Unreadable, Wide, decode_picture, formats, no_pixel_li
 from vaelab.files import shown
 from vaelab.images import ImageSet
 
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 # 缩略图、回收站、压缩包的残留：里面的图是别处那些的副本，或是已经删掉的
 _ASIDE = {"@eadir", "#recycle", "$recycle.bin", "recycler", "lost+found", "__macosx", ".thumbnails", "thumbs", "@recycle", "#snapshot"}
 # 不解码、但要数出来的：相机的原始数据（里面的 TIFF 只是缩略图）、矢量图、视频
@@ -41,6 +41,7 @@ _LEFT_OUT = {
     "编辑软件的工程（请先导出为 PNG）": ".psb .xcf .kra .clip .afphoto .procreate .sai2",
     "医学影像（请先转成 PNG）": ".dcm .nii",
     "HDR（请先转成 TIFF 或 PNG）": ".exr .hdr",
+    "天文影像 FITS（请先用 astropy 转成 TIFF）": ".fits .fit .fts",
 }
 _KIND_LEFT_OUT = {suffix: kind for kind, suffixes in _LEFT_OUT.items() for suffix in suffixes.split()}
 _RUN_MARK = "checkpoint.pt"  # 有它的文件夹是一次训练的结果，里面的图不是数据
@@ -81,6 +82,8 @@ def find_pictures(folder: Path) -> tuple[Files, tuple[str, ...]]:
             path = here / name
             suffix, relative = path.suffix.lower(), path.relative_to(folder).as_posix()
             if name[0] == ".":
+                if suffix == ".icloud":
+                    left_out.setdefault("还在 iCloud 上的文件（请先下载）", []).append(relative)
                 continue
             if suffix in _KIND_LEFT_OUT and suffix not in suffixes:
                 left_out.setdefault(_KIND_LEFT_OUT[suffix], []).append(relative)

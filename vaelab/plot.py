@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends import BackendFilter, backend_registry
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -39,6 +41,11 @@ def use_chinese_font() -> None:
     )
     warnings.filterwarnings("error", message=r"Glyph .* missing from")
     provenance.install()
+
+
+def shows_figures() -> bool:
+    """``plt.show()`` 会不会让图出现：Agg、PDF 一类的后端只写文件，什么也不显示。"""
+    return matplotlib.get_backend().lower() not in backend_registry.list_builtin(BackendFilter.NON_INTERACTIVE)
 
 
 def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
