@@ -151,10 +151,10 @@ def _where_from(given: dict, saved: dict | None, device: torch.device) -> dict:
     extra.update({name: given[name] for name in extra if name in given})
     if saved and not before and "data" not in given:
         raise ValueError("检查点没有记下数据从哪里来（它来自 Python 里的 train）；请加 --data 指明，须是训练时的那一份。")
-    if saved and extra["channels"] is None:
-        before, extra = ({**each, "channels": saved["model_args"]["in_channels"]} for each in (before, extra))
+    if saved and before:  # 没有写明的通道数，就是检查点里的
+        before, extra = ({**each, "channels": each.get("channels") or saved["model_args"]["in_channels"]} for each in (before, extra))
     compared = (before.keys() & extra.keys()) - {"root"}
-    if saved and before and not {before["data"], extra["data"]} & {*NAMES}:  # 两个文件夹：挪动、改名不要紧，图片的摘要说了算
+    if "data" in before and not {before["data"], extra["data"]} & {*NAMES}:  # 两个文件夹：挪动、改名不要紧，图片的摘要说了算
         folders = {Path(each["data"]).expanduser().resolve() for each in (before, extra)}
         compared -= {"data"} if saved.get("data") or len(folders) == 1 else set()
     changed = "、".join(f"{k} {before[k]!r} → {extra[k]!r}" for k in sorted(compared) if extra[k] != before[k])
