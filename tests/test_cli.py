@@ -3,10 +3,12 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from PIL import Image
 from conftest import ROOT
 from vaelab import cli
 from vaelab.checkpoint import CHECKPOINT, load_checkpoint
+from vaelab.files import command
 
 SMALL = "--count 60 --image-size 16 --hidden-dims 4,8 --latent-dim 3 --epochs 2 --batch-size 8 --precision fp32".split()
 
@@ -180,3 +183,77 @@ def test_mnist_trains_and_resumes(mnist_root, tmp_path, monkeypatch, capsys):
     assert "训练 60000 张，测试 10000 张" in capsys.readouterr().out
     assert cli.main(["train", "--resume", "--epochs", "2"]) == 0, capsys.readouterr().err
     assert load_checkpoint("runs/mnist")["step"] == 60
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """自己的图片 ``甲``、``乙``，各 24 张；在 ``甲`` 上训练过的 ``r``。"""
+    folder = tmp_path_factory.mktemp("own")
+    for name, seed in (("甲", 0), ("乙", 1)):
+        (folder / name).mkdir()
+        pixels = torch.randint(256, (24, 16, 16, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        for index, each in enumerate(pixels.numpy()):
+            Image.fromarray(each).save(folder / name / f"{index}.png")
+    small = "--image-size 16 --hidden-dims 4,8 --latent-dim 3 --epochs 3 --precision fp32".split()
+    assert cli.main(["train", "--data", str(folder / "甲"), *small, "--out", str(folder / "r")]) == 0
+    return folder
+
+
+def test_after_other_data_the_best_is_chosen_among_epochs_on_them_only(own_run, tmp_path):
+    state = load_checkpoint(own_run / "r")
+    state["history"] = [{**row, "test_elbo": 1e9} for row in state["history"]]  # 旧数据上的 ELBO 再高，也不能相比
+    for name in (CHECKPOINT, "best.pt"):
+        torch.save(state, tmp_path / name)
+    assert cli.main(["train", "--resume", "--out", str(tmp_path), "--data", str(own_run / "乙"), "--other-data", "--epochs", "5"]) == 0
+    best, last = load_checkpoint(tmp_path / "best.pt"), load_checkpoint(tmp_path)
+    assert best["history"][-1]["epoch"] > 3 and best["data"] == last["data"] != state["data"] and last["since"] == 3
+    assert load_checkpoint(tmp_path / f"checkpoint-{state['step']:05d}.pt")["data"] == state["data"]  # 旧数据上最好的还在
+    assert cli.main(["train", "--resume", "--out", str(tmp_path), "--epochs", "6"]) == 0
+    assert load_checkpoint(tmp_path)["since"] == 3
+
+
+def test_the_same_pictures_under_another_name_are_the_same_data(own_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(own_run)
+    shutil.copytree("r", tmp_path / "r")
+    shutil.copytree("甲", tmp_path / "搬走的")
+    for epochs, data in enumerate(("甲", "./甲/", tmp_path / "搬走的"), 4):
+        assert cli.main(["train", "--resume", "--out", str(tmp_path / "r"), "--data", str(data), "--channels", "3", "--epochs", str(epochs)]) == 0
+    assert "同样的数据" in fails(capsys, "train", "--resume", "--out", tmp_path / "r", "--data", "乙", "--epochs", 9)
+
+
+@pytest.mark.parametrize("wrong", [["--epochs", "2"], ["--batch-size", "2"], ["--latent-dim", "5"]], ids=" ".join)
+def test_resume_refuses_before_decoding_what_the_checkpoint_alone_decides(own_run, monkeypatch, capsys, wrong):
+    monkeypatch.setenv("VAELAB_CACHE", "/dev/null/不会去解码")
+    assert any(word in fails(capsys, "train", "--resume", "--out", own_run / "r", *wrong) for word in ("已走完", "批大小", "结构"))
+
+
+def test_results_are_not_written_among_the_pictures(own_run, capsys):
+    before = set((own_run / "乙").iterdir())
+    assert "图片所在的文件夹" in fails(capsys, "train", "--data", own_run / "乙", "--out", own_run / "乙")
+    assert set((own_run / "乙").iterdir()) == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="要有 /dev/full")
+@pytest.mark.parametrize("words", [["info"], ["--help"]], ids=" ".join)
+def test_output_that_cannot_be_written_is_one_sentence(own_run, words):
+    command = [sys.executable, ROOT / "vanilla_vae.py", *words, *([own_run / "r"] if words == ["info"] else [])]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment)
+    assert (done.returncode, done.stderr.decode()) == (1, "错误：写不下，磁盘满了；请腾出空间。\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows 的文件名没有这些")
+@pytest.mark.parametrize("name", ['it\'s "q"', "换\n行", "-x", "$HOME `x`", "\x1b[31m", os.fsdecode(b"bad\xff")])
+def test_a_printed_command_gives_the_name_back(name, tmp_path):
+    line = command("info", Path(name))
+    assert line.isprintable()
+    script = f"printf '%s\\0' {line.partition('info ')[2]}"
+    assert os.fsdecode(subprocess.check_output(["bash", "-c", script]).rstrip(b"\0")) in (name, f"./{name}")
+
+
+def test_default_sizes_of_own_pictures_are_what_is_checked(own_run, capsys, tmp_path):
+    data = ["train", "--data", own_run / "甲", "--steps", 1, "--out", tmp_path / "r"]
+    assert cli.main([str(word) for word in [*data, "--image-size", 8]]) == 0
+    assert "整除" in fails(capsys, *data[:-1], tmp_path / "s", "--image-size", 28)
+    assert "只给一个" in fails(capsys, *data, "--minutes", 1)

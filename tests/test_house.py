@@ -16,7 +16,7 @@ ORDER = [
     "config", "files", "images", "faces", "decode", "cache", "pictures", "data", "processes", "evaluate", "steplog", "checkpoint",
     "step", "memory", "graph", "plan", "transfer", "stepper", "interrupts", "watch", "train",
     "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "prior", "export",
-    "arguments", "choose", "runs", "using", "cli",
+    "choose", "arguments", "runs", "using", "cli",
 ]  # fmt: skip
 FREE = {"prepare", "growing", "jupyter"}  # 笔记与 Jupyter 用的，谁也不引用它们，它们也不引用别的房间
 

@@ -442,7 +442,7 @@ def test_resume_refuses_what_cannot_continue(data, tmp_path):
     before = (tmp_path / CHECKPOINT).read_bytes()
     cases = [
         (new_model(latent_dim=5), config, "同样的结构"),
-        (new_model(), replace(config, batch_size=8, epochs=9), "同样的数据与批大小"),
+        (new_model(), replace(config, batch_size=8, epochs=9), "同样的批大小"),
         (new_model(), replace(config, epochs=1), "已走完 2 轮"),
         (new_model(), config, "已走完 2 轮"),
     ]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from vaelab import choose
 from vaelab.config import MAX_COUNT, MAX_SEED, MODEL_DEFAULTS, PRECISIONS, TrainConfig
 from vaelab.data import NAMES
 from vaelab.memory import model_memory, require_memory
@@ -25,7 +26,7 @@ PRIORS = ("standard", "fitted")
 EXPORT_FORMATS = ("safetensors", "onnx")
 SEED = Whole(high=MAX_SEED)
 MAX_LEVELS = 16  # 每一级边长减半，边长至多 2**16
-DEFAULT_SIZE, DEFAULT_COUNT = 64, 10_000  # 图像边长，脸的张数
+DEFAULT_COUNT = 10_000  # 脸的张数
 EXAMPLES = """例子：
   python vanilla_vae.py                                       画一万张卡通脸，训练，画出结果
   python vanilla_vae.py train --data mnist --download --image-size 32
@@ -148,8 +149,8 @@ def check_early(options: argparse.Namespace) -> None:
         ValueError: 设备、路径或大小不行；信息说明怎么改。
     """
     given = vars(options)
-    if "epochs" in given and "steps" in given:
-        raise UsageError("--epochs 与 --steps 应只给一个，收到了两个；请去掉其中之一。")
+    if len(both := [f"--{name}" for name in ("epochs", "steps", "minutes") if name in given]) > 1:
+        raise UsageError(f"--epochs、--steps 与 --minutes 应只给一个，收到了 {'、'.join(both)}；请只留一个。")
     if "device" in given:
         pick_device(options.device)
     if given.get("out") is not None:
@@ -173,13 +174,15 @@ def _require_writable(out: Path, folder: bool) -> None:
 
 def _require_room(given: dict) -> None:
     """模型与要画的脸装得进内存。续训时没有写明的取决于检查点，按最小的算，只拦一定装不下的。"""
-    model = {"in_channels": given.get("channels") or 3, **{name: given.get(name, default) for name, default in MODEL_DEFAULTS.items()}}
-    resume = given.get("resume", False)
-    side = 2 ** len(model["hidden_dims"]) if resume else given.get("image_size", DEFAULT_SIZE)
-    copies = 4 if torch.device(given["device"] if given["device"] != "auto" else "cpu").type == "cpu" else 1  # 参数、梯度、Adam 的两份统计
+    source, resume, device = given.get("data", "faces"), given.get("resume", False), pick_device(given["device"])
+    side = given.get("image_size", choose.image_size(source, device))
+    defaults = MODEL_DEFAULTS if resume else choose.model_defaults(source, side)
+    model = {"in_channels": given.get("channels") or 3, **{name: given.get(name, default) for name, default in defaults.items()}}
+    side = 2 ** len(model["hidden_dims"]) if resume else side
+    copies = 4 if device.type == "cpu" else 1  # 参数、梯度、Adam 的两份统计
     what = f"这样的模型（latent_dim {model['latent_dim']}、hidden_dims {','.join(map(str, model['hidden_dims']))}、图像边长 {side}）"
     require_memory(copies * model_memory({**model, "image_size": side}), what, "请减小 --latent-dim、--hidden-dims 或 --image-size")
-    if given.get("data", "faces") == "faces" and not resume:
+    if source == "faces" and not resume:
         count = given.get("count", DEFAULT_COUNT)
         require_memory(count * 3 * side**2, f"画 {count} 张边长 {side} 的脸", "请减小 --count 或 --image-size")
 

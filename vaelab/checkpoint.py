@@ -19,7 +19,7 @@ import torch
 
 from vaelab.config import LOSSES, TrainConfig, TrainingError
 from vaelab.evaluate import Evaluation
-from vaelab.files import copy_atomically, write_atomically
+from vaelab.files import copy_atomically, shown, system_reason, write_atomically
 from vaelab.processes import pick_device
 from vaelab.steplog import StepLog
 from vanilla_vae import VanillaVAE
@@ -55,6 +55,7 @@ class Run:
         self.log, self.keep = log or StepLog(None), keep
         self.step, self.saved_step, self.sums = 0, 0, dict.fromkeys(LOSSES, 0.0)
         self.history: list[dict] = []
+        self.since = 0  # 这一轮之后用的才是现在的数据；更早的 ELBO 是在别的图上量的，不能相比
         self.last: list[float] | None = None  # 最近取回的一步
 
     def read(self, pending: tuple[int, float, Callable[[], list[float]]] | None) -> bool:
@@ -126,11 +127,12 @@ class Run:
             "step": self.step,
             "sums": self.sums,
             "history": self.history,
+            "since": self.since,
             "ran_on": self.ran_on,
         }
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
-        is_best = bool(self.history) and self.history[-1]["step"] == self.step and best_row(self.history) is self.history[-1]
+        is_best = bool(self.history) and self.history[-1]["step"] == self.step and best_row(self.history, self.since) is self.history[-1]
         last = self.path / CHECKPOINT
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -151,8 +153,10 @@ class Run:
         try:
             yield
         except (OSError, RuntimeError) as error:
+            reason = system_reason(error, advice=False) if isinstance(error, OSError) else str(error)
             raise TrainingError(
-                f"第 {self.step} 步的检查点写不进 {self.path}（{error}）；请腾出磁盘空间或检查权限，再加 --resume 从上一份完好的检查点接着训练。"
+                f"第 {self.step} 步的检查点写不进 {shown(self.path or '')}（{reason}）；"
+                "请腾出磁盘空间或检查权限，再加 --resume 从上一份完好的检查点接着训练。"
             ) from error
 
     def _moments(self) -> dict:
@@ -165,23 +169,13 @@ class Run:
 
         ``other_data`` 允许数据不同，从最近走完的一轮接着。``source`` 是检查点的文件，若不是这里的 ``checkpoint.pt``，就先回到它。
         """
-        if state["model_args"] != model_args(self.model):
-            raise ValueError(
-                f"检查点里的模型是 {state['model_args']}，这次给的是 {model_args(self.model)}；"
-                "续训须用同样的结构，请改回原来的参数，或换一个 --out 重新训练。"
-            )
-        old, done = state["config"], state["step"] / state["steps_per_epoch"]
-        if old["batch_size"] != self.config.batch_size:
-            raise ValueError(f"检查点的批大小是 {old['batch_size']}，这次是 {self.config.batch_size}；续训须用同样的批大小，请改回原来的参数。")
+        require_resumable(state, model_args(self.model), self.config)
+        done = state["step"] / state["steps_per_epoch"]
         changed = state["steps_per_epoch"] != self.steps_per_epoch or None not in (state.get("data"), self.digest) and state["data"] != self.digest
         if changed and not other_data:
             raise ValueError(
                 f"续训须用同样的数据，这次的图片与检查点记着的不同（那时每轮 {state['steps_per_epoch']} 步，这次 {self.steps_per_epoch} 步）；"
                 "请把原来的图片放回去，或加 --other-data（other_data=True）坚持用这一批，或换一个 --out 从头训练。"
-            )
-        if done >= self.config.epochs:
-            raise ValueError(
-                f"这次训练已走完 {done:g} 轮，要求的是 {self.config.epochs} 轮，没有可续的；请把 --epochs 设为大于 {math.floor(done)} 的数。"
             )
         trained = self.optimizer.param_groups[0]["params"]
         moments = state["optimizer"]["state"]  # 走过一步才有，编号就是次序
@@ -196,15 +190,17 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.history = state["step"], state["history"]
         if changed:
-            self.step = int(done) * self.steps_per_epoch
+            self.step, self.since = int(done) * self.steps_per_epoch, int(done)
         else:
-            self.sums = dict(state["sums"])
+            self.sums, self.since = dict(state["sums"]), state.get("since", 0)
         self.saved_step = self.step
         if self.path is not None:
             with self._writing():
                 self.path.mkdir(parents=True, exist_ok=True)
                 if source is not None and source.resolve() != (self.path / CHECKPOINT).resolve():
                     self._go_back(source)
+                if changed and (best := self.path / BEST).exists():  # 它会让位给新数据上的第一轮
+                    copy_atomically(best, self.path / f"checkpoint-{load_checkpoint(best)['step']:05d}.pt")
                 self.log.begin(self.step)
 
     def _go_back(self, source: Path) -> None:
@@ -214,6 +210,23 @@ class Run:
             if path.exists() and (step := load_checkpoint(path)["step"]) > self.step:
                 copy_atomically(path, self.path / f"checkpoint-{step:05d}.pt")
         copy_atomically(source, self.path / CHECKPOINT)
+
+
+def require_resumable(state: dict, args: dict, config: TrainConfig, epochs_known: bool = True) -> None:
+    """不看数据就知道的：检查点 ``state`` 能不能以构造参数 ``args``、设置 ``config`` 接着训练。
+
+    Raises:
+        ValueError: 结构或批大小不同，或（``epochs_known``）要求的轮数已经走完。
+    """
+    if state["model_args"] != args:
+        raise ValueError(
+            f"检查点里的模型是 {state['model_args']}，这次给的是 {args}；续训须用同样的结构，请改回原来的参数，或换一个 --out 重新训练。"
+        )
+    if (old := state["config"]["batch_size"]) != config.batch_size:
+        raise ValueError(f"检查点的批大小是 {old}，这次是 {config.batch_size}；续训须用同样的批大小，请改回原来的参数。")
+    done = state["step"] / state["steps_per_epoch"]
+    if epochs_known and done >= config.epochs:
+        raise ValueError(f"这次训练已走完 {done:g} 轮，要求的是 {config.epochs} 轮，没有可续的；请把 --epochs 设为大于 {math.floor(done)} 的数。")
 
 
 def model_args(model: VanillaVAE) -> dict:
@@ -226,12 +239,13 @@ def model_args(model: VanillaVAE) -> dict:
     }
 
 
-def best_row(history: list[dict]) -> dict | None:
-    """测试 ELBO 最高的一轮，并列取早的；一轮也没走完就是 None。
+def best_row(history: list[dict], since: int = 0) -> dict | None:
+    """第 ``since`` 轮之后测试 ELBO 最高的一轮，并列取早的；一轮也没走完就是 None。
 
     各轮的 ELBO 都取各自最优的 σ²（见 :func:`vaelab.evaluate.evaluate`），所以可以相比。
     """
-    return max(history, key=lambda row: -math.inf if math.isnan(row["test_elbo"]) else row["test_elbo"], default=None)
+    rows = [row for row in history if row["epoch"] > since]
+    return max(rows, key=lambda row: -math.inf if math.isnan(row["test_elbo"]) else row["test_elbo"], default=None)
 
 
 def earlier_checkpoints(run: Path, before: float = math.inf) -> list[Path]:

@@ -37,16 +37,16 @@ def model_defaults(source: str, size: int) -> dict:
     """隐变量的维数与各级的通道数：自己的图片 128 维，最深一级的特征图是 4×4 上下。"""
     if source in NAMES:
         return dict(MODEL_DEFAULTS)
-    return {"latent_dim": 128, "hidden_dims": [32 * 2**level for level in range(max(1, round(math.log2(max(size, 8) / 4))))]}
+    return {"latent_dim": 128, "hidden_dims": [min(512, 32 * 2**level) for level in range(max(1, round(math.log2(max(size, 8) / 4))))]}
 
 
-def config_defaults(source: str, images: Tensor) -> dict:
-    """训练的设置：自己的图片 σ² 取最优，批大小不超过训练图的一半，左右分不出就随机翻转。"""
+def config_defaults(source: str, images: Tensor, processes: int = 1) -> dict:
+    """训练的设置：自己的图片 σ² 取最优，批大小不超过训练图的一半、由各进程均分，左右分不出就随机翻转。"""
     if source in NAMES:
         return {}
     return {
         "kld_weight": "optimal",
-        "batch_size": min(TrainConfig.batch_size, max(2, len(images) // 2)),
+        "batch_size": max(2, min(TrainConfig.batch_size, len(images) // 2) // processes) * processes,
         "mirror": lopsided(images) < LOPSIDED,
     }
 

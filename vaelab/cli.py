@@ -7,8 +7,8 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -18,16 +18,16 @@ import torch
 from vaelab import choose, using
 from vaelab.arguments import build_parser, check_early
 from vaelab.cache import cache_summary, clear_cache
-from vaelab.checkpoint import load_checkpoint
+from vaelab.checkpoint import load_checkpoint, require_resumable
 from vaelab.config import MODEL_DEFAULTS, TrainConfig
 from vaelab.data import NAMES
 from vaelab.evaluate import Evaluation, evaluate
-from vaelab.files import shown
+from vaelab.files import command, shown
 from vaelab.images import ImageSet
 from vaelab.interrupts import Terminated, explain, terminated_by_signal
 from vaelab.parser import UsageError
 from vaelab.processes import World, join, pick_device
-from vaelab.runs import DATA_DEFAULTS, claim, command, load_data
+from vaelab.runs import DATA_DEFAULTS, claim, load_data
 from vaelab.train import train
 from vanilla_vae import VanillaVAE
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv.insert(0, "train")
     try:
-        with terminated_by_signal():
+        with terminated_by_signal(), _all_said():
             options = build_parser().parse_args(argv)
             check_early(options)
             os.environ["MPLBACKEND"] = "Agg"  # 只写文件，没有屏幕也行；环境里原来写着什么，导入时就会检查
@@ -65,6 +65,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         print(f"错误：{explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+@contextmanager
+def _all_said() -> Iterator[None]:
+    """离开时把要说的都送出去；送不出（管道断了，磁盘满了）就在这里报错，不留到解释器退出时由它用英文说。"""
+    stopped = False
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated):
+        stopped = True
+        raise
+    finally:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not stopped:
+                raise
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -86,12 +105,16 @@ def _train_in(out: Path, resume: Path | None, options: argparse.Namespace, world
     wanted = {**(saved["model_args"] if saved else {**shape, **choose.model_defaults(source, shape["image_size"])}), **named}
     with torch.device("meta"):
         VanillaVAE(**wanted)  # 结构不对，解码之前就说
-    _config(given, saved, {})
+    settings = _config(given, saved, {})
+    if saved:
+        require_resumable(saved, wanted, settings, epochs_known=not {"steps", "minutes"} & given.keys())
 
     say(f"数据：{shown(source)}")
     with world.first_goes_first():  # 下载与解码只由一个进程做，其余用它的结果
         data = load_data(extra, given.get("download", False), say)
-    config = _config(given, saved, choose.config_defaults(source, data.train))
+    if world.size > 1:  # 量速度、定批大小之前：数据不同，各进程定下的就不同
+        world.agree(f"{len(data.train)} 张训练图、{len(data.test)} 张测试图，摘要 {data.digest()}", "数据")
+    config = _config(given, saved, choose.config_defaults(source, data.train, world.size))
     torch.manual_seed(config.seed)
     model = VanillaVAE(**{**wanted, **({} if saved else {"in_channels": data.train.shape[1]})}).to(device)
     how = {name: given[name] for name in ("compile", "cuda_graphs", "data_on") if name in given}
@@ -130,7 +153,13 @@ def _where_from(given: dict, saved: dict | None, device: torch.device) -> dict:
     extra.update({name: given[name] for name in extra if name in given})
     if saved and not before and "data" not in given:
         raise ValueError("检查点没有记下数据从哪里来（它来自 Python 里的 train）；请加 --data 指明，须是训练时的那一份。")
-    changed = "、".join(f"{k} {before[k]!r} → {extra[k]!r}" for k in before.keys() & extra.keys() - {"root"} if extra[k] != before[k])
+    if saved and before:  # 没有写明的通道数，就是检查点里的
+        before, extra = ({**each, "channels": each.get("channels") or saved["model_args"]["in_channels"]} for each in (before, extra))
+    compared = (before.keys() & extra.keys()) - {"root"}
+    if "data" in before and not {before["data"], extra["data"]} & {*NAMES}:  # 两个文件夹：挪动、改名不要紧，图片的摘要说了算
+        folders = {Path(each["data"]).expanduser().resolve() for each in (before, extra)}
+        compared -= {"data"} if saved.get("data") or len(folders) == 1 else set()
+    changed = "、".join(f"{k} {before[k]!r} → {extra[k]!r}" for k in sorted(compared) if extra[k] != before[k])
     if changed and not given.get("other_data"):
         raise ValueError(f"续训须用同样的数据，这次改了 {changed}；请去掉这些参数，或加 --other-data 坚持，或不加 --resume 另起一次训练。")
     return extra

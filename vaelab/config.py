@@ -54,6 +54,8 @@ class TrainConfig:
 
     def steps_per_epoch(self, images: int, processes: int = 1) -> int:
         """``images`` 张训练图一轮走多少步；批大小与图数、进程数不相符就报 ValueError。"""
+        if images < 2:
+            raise ValueError(f"训练图应至少有 2 张（批归一化要在一批图之间统计），收到 {images} 张；请放入更多图片。")
         if self.batch_size > images:
             raise ValueError(f"batch_size 应不大于训练图数 {images}，收到 {self.batch_size}；请减小它。")
         if self.batch_size % processes or (processes > 1 and self.batch_size < 2 * processes):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import shutil
+import subprocess
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -71,7 +74,9 @@ def hold(folder: Path | None) -> Iterator[None]:
     except FileExistsError as error:
         raise NotADirectoryError(f"结果文件夹应是文件夹，{shown(folder)} 或它的上级是一个文件；请用 --out 换一个位置。") from error
     except OSError as error:
-        raise OSError(f"结果文件夹 {shown(folder)} 不能写（{error.strerror or error}）；请检查权限与磁盘空间，或用 --out 换一个位置。") from error
+        raise OSError(
+            f"结果文件夹 {shown(folder)} 不能写（{system_reason(error, advice=False)}）；请检查权限与磁盘空间，或用 --out 换一个位置。"
+        ) from error
     _held[folder.resolve()] = threading.get_ident()
     try:
         yield
@@ -90,3 +95,42 @@ def shown(name: str | os.PathLike) -> str:
 
     # isprintable 把各种空白都算作不可见；全角空格（Zs）在中文文件名里常见，不必转义
     return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else escaped(c) for c in os.fspath(name))
+
+
+def command(*words: object) -> str:
+    """可以照抄进这里的终端的一条命令；路径（Path）里的空格、引号、开头的 ``-``、看不见的字符都照顾到。"""
+    texts = [f".{os.sep}{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
+    return f"python vanilla_vae.py {subprocess.list2cmdline(texts) if os.name == 'nt' else ' '.join(map(_quoted, texts))}"
+
+
+def _quoted(text: str) -> str:
+    if text.isprintable():
+        return shlex.quote(text)
+    # 换行、控制符、坏的 UTF-8：写成 bash 与 zsh 认得的 $'…'，屏幕不会乱，抄下来还是原来的名字
+    return "$'" + "".join(c if c.isprintable() and c not in "\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in text) + "'"
+
+
+def system_reason(error: OSError, advice: bool = True) -> str:
+    """系统的错误说成中文：怎么了，``advice`` 则再加怎么办。系统自己的话是英文，随语言环境变。"""
+    if error.errno is None:
+        return str(error)
+    reason = _SYSTEM.get(error.errno, f"系统错误 {errno.errorcode.get(error.errno, error.errno)}")
+    return reason if advice else reason.partition("；")[0]
+
+
+_SYSTEM = {
+    errno.ENOENT: "不存在；请检查路径",
+    errno.EACCES: "不许这个用户读写；请改权限，或换一个位置",
+    errno.EPERM: "不许这样操作；请改权限，或换一个位置",
+    errno.EEXIST: "已经存在；请换一个名字",
+    errno.EISDIR: "是文件夹，这里要的是文件；请写明文件名",
+    errno.ENOTDIR: "的上级不是文件夹；请检查路径",
+    errno.ENOSPC: "写不下，磁盘满了；请腾出空间",
+    errno.EDQUOT: "写不下，配额用完了；请腾出空间",
+    errno.EROFS: "在只读的磁盘上；请换一个位置",
+    errno.ENAMETOOLONG: "名字太长；请换一个短的",
+    errno.ELOOP: "的符号链接绕成了圈；请检查路径",
+    errno.EIO: "读写时磁盘出错；请检查磁盘",
+    errno.EMFILE: "打不开，同时打开的文件太多；请用 ulimit -n 放宽",
+    errno.EPIPE: "输出的另一头已经关了；请不要中途关掉它",
+}

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import shlex
 import signal
-import subprocess
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +12,7 @@ from contextlib import contextmanager, suppress
 
 from vaelab.checkpoint import Run
 from vaelab.config import TrainingError
+from vaelab.files import command, shown, system_reason
 from vaelab.memory import out_of_memory
 from vaelab.parser import quoted
 from vaelab.processes import World, current_world
@@ -74,9 +72,8 @@ def _how_to_go_on(run: Run) -> str:
     if run.path is None:
         return f"已停在第 {run.step} 步；没有给 out，进度没有存下。"
     if run.step >= run.config.epochs * run.steps_per_epoch:
-        return f"已停下；训练恰好走完，结果存在 {run.path}。"
-    folder = subprocess.list2cmdline([str(run.path)]) if os.name == "nt" else shlex.quote(str(run.path))
-    return f"已停下，第 {run.step} 步的进度存好了；接着训练：python vanilla_vae.py train --resume --out {folder}"
+        return f"已停下；训练恰好走完，结果存在 {shown(run.path)}。"
+    return f"已停下，第 {run.step} 步的进度存好了；接着训练：{command('train', '--resume', '--out', run.path)}"
 
 
 @contextmanager
@@ -106,8 +103,7 @@ def explain(error: BaseException) -> str:
         raise error
     if isinstance(error, OSError) and error.errno is not None:
         names = "、".join(quoted(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes)))
-        reason = _SYSTEM.get(error.errno, f"系统错误 {errno.errorcode.get(error.errno, error.errno)}")
-        return f"{names + ' ' if names else ''}{reason}。"
+        return f"{names + ' ' if names else ''}{system_reason(error)}。"
     if re.search("[\u4e00-\u9fff].*。$", text, re.DOTALL):
         return text
     if isinstance(error, MemoryError) or out_of_memory(error):
@@ -115,24 +111,6 @@ def explain(error: BaseException) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.basename(place.filename)} 第 {place.lineno} 行"
     return f"没有料到的 {type(error).__name__}（{where}：{' '.join(text.split())[:120]}）；请设 VAELAB_DEBUG=1 再运行一次，把全部输出报告出来。"
-
-
-_SYSTEM = {
-    errno.ENOENT: "不存在；请检查路径",
-    errno.EACCES: "不许这个用户读写；请改权限，或换一个位置",
-    errno.EPERM: "不许这样操作；请改权限，或换一个位置",
-    errno.EEXIST: "已经存在；请换一个名字",
-    errno.EISDIR: "是文件夹，这里要的是文件；请写明文件名",
-    errno.ENOTDIR: "的上级不是文件夹；请检查路径",
-    errno.ENOSPC: "写不下，磁盘满了；请腾出空间",
-    errno.EDQUOT: "写不下，配额用完了；请腾出空间",
-    errno.EROFS: "在只读的磁盘上；请换一个位置",
-    errno.ENAMETOOLONG: "名字太长；请换一个短的",
-    errno.ELOOP: "的符号链接绕成了圈；请检查路径",
-    errno.EIO: "读写时磁盘出错；请检查磁盘",
-    errno.EMFILE: "打不开，同时打开的文件太多；请用 ulimit -n 放宽",
-    errno.EPIPE: "输出的另一头已经关了；请不要中途关掉它",
-}  # 系统自己的话是英文，随语言环境变
 
 
 @contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -12,7 +9,7 @@ from pathlib import Path
 
 from vaelab.checkpoint import CHECKPOINT, checkpoint_file, load_checkpoint
 from vaelab.data import NAMES, load
-from vaelab.files import LOCK, hold
+from vaelab.files import LOCK, hold, shown
 from vaelab.images import ImageSet
 
 RUNS = Path("runs")
@@ -27,7 +24,7 @@ def claim(given: dict) -> Iterator[tuple[Path, Path | None]]:
     一份检查点也没有写下就离开，占位时建的文件夹不留下。
 
     Raises:
-        ValueError: 指明的文件夹里已有结果。
+        ValueError: 指明的文件夹里已有结果，或就是图片所在的文件夹。
         OSError: 它正被另一个训练占着，或不能写。
     """
     if given.get("resume"):
@@ -37,10 +34,14 @@ def claim(given: dict) -> Iterator[tuple[Path, Path | None]]:
             yield file.parent, file
         return
     if "out" in given:
-        names = iter([Path(given["out"]).expanduser()])
+        out, data = Path(given["out"]).expanduser(), str(given.get("data", DATA_DEFAULTS["data"]))
+        if data not in NAMES and out.resolve() == Path(data).expanduser().resolve():
+            raise ValueError(f"结果不能写进图片所在的文件夹 {shown(out)}：它会成为运行文件夹，里面的图不再算数据；请用 --out 换一个位置。")
+        names = iter([out])
     else:
         name = str(given.get("data", DATA_DEFAULTS["data"]))
         name = name if name in NAMES else Path(name).expanduser().resolve().name or "images"
+        name = "".join(c if c.isprintable() else "_" for c in name)  # 换行、控制符、坏的 UTF-8 只会添麻烦
         names = (RUNS / (name if number == 1 else f"{name}-{number}") for number in count(1))
     for out in names:
         new = not out.exists()
@@ -53,7 +54,7 @@ def claim(given: dict) -> Iterator[tuple[Path, Path | None]]:
             continue
         try:
             if (out / CHECKPOINT).exists() and "out" in given:
-                raise ValueError(f"{out} 里已有训练结果；加 --resume 接着训练，或用 --out 换一个文件夹。")
+                raise ValueError(f"{shown(out)} 里已有训练结果；加 --resume 接着训练，或用 --out 换一个文件夹。")
             if "out" not in given and any(entry.name != LOCK for entry in out.iterdir()):
                 continue
             yield out, None
@@ -79,12 +80,6 @@ def latest_run() -> Path:
     if not found:
         raise FileNotFoundError(f"{RUNS.resolve()} 里还没有训练结果；请先运行 python vanilla_vae.py，或写明运行文件夹。")
     return found[-1].parent
-
-
-def command(*words: object) -> str:
-    """可以照抄进这里的终端的一条命令；路径里的空格与引号都照顾到。"""
-    texts = [str(word) for word in words]
-    return f"python vanilla_vae.py {subprocess.list2cmdline(texts) if os.name == 'nt' else shlex.join(texts)}"
 
 
 def load_data(extra: dict, download: bool = False, say: Callable[[str], None] = print) -> ImageSet:

@@ -20,11 +20,11 @@ from torch import Tensor
 from vaelab.checkpoint import BEST, CHECKPOINT, HISTORY, best_row, build_model, checkpoint_file, load_checkpoint
 from vaelab.evaluate import evaluate, log_likelihood_bound
 from vaelab.export import export_onnx, export_safetensors
-from vaelab.files import shown, write_atomically
+from vaelab.files import command, shown, system_reason, write_atomically
 from vaelab.images import ImageSet, to_float, to_uint8
 from vaelab.pictures import read_pictures
 from vaelab.prior import Mixture, fit_prior, load_prior, save_prior
-from vaelab.runs import DATA_DEFAULTS, command, latest_run, load_data
+from vaelab.runs import DATA_DEFAULTS, latest_run, load_data
 from vaelab.steplog import STEPS, TENSORBOARD
 from vanilla_vae import VanillaVAE, eval_mode, positive_int
 
@@ -46,9 +46,9 @@ class Opened:
     @property
     def which(self) -> str:
         """用的是哪一份，一句话。"""
-        step, history = self.state["step"], self.state["history"]
+        step = self.state["step"]
         epoch = f"第 {step / self.state['steps_per_epoch']:.4g} 轮（第 {step} 步）"
-        if best_row(history) is not None and self.file.name == BEST:
+        if self.file.name == BEST:
             epoch += "，测试 ELBO 最高的一轮"
         elif self.file.name == CHECKPOINT:
             epoch += "，最后的一份"
@@ -57,7 +57,7 @@ class Opened:
 
 def open_run(run: str | None, device: str) -> Opened:
     """运行文件夹（默认最近一次训练）用其中测试 ELBO 最高的一份；指明检查点文件就用它。"""
-    file = checkpoint_file(run or latest_run(), best=True)
+    file = checkpoint_file(Path(run).expanduser() if run else latest_run(), best=True)
     state = load_checkpoint(file)
     return Opened(file.parent, file, state, build_model(state, device))
 
@@ -180,7 +180,7 @@ def info(options: argparse.Namespace) -> int:
         f"  走到      第 {last['step'] / last['steps_per_epoch']:.4g} 轮（共 {config['epochs']} 轮），第 {last['step']} 步\n"
         f"  跑在      {'，'.join(f'{name} {value}' for name, value in last.get('ran_on', {}).items())}"
     )
-    for label, row in (("最后一轮", history[-1] if history else None), ("最好一轮", best_row(history))):
+    for label, row in (("最后一轮", history[-1] if history else None), ("最好一轮", best_row(history, last.get("since", 0)))):
         if row:
             print(f"  {label}  第 {row['epoch']} 轮：测试 ELBO {row['test_elbo']:.1f} nat/图，MSE {row['test_mse']:.5f}，KL {row['test_kld']:.2f}")
     names = (BEST, CHECKPOINT, "checkpoint-*.pt", HISTORY, STEPS, f"{TENSORBOARD}/*", PRIOR, "*.png")
@@ -262,7 +262,7 @@ def fitted_prior(run: Opened, train: Tensor | Callable[[], Tensor], data: str | 
         try:
             save_prior(path, key.hexdigest(), mixture)
         except OSError as error:
-            print(f"注意：先验存不进 {shown(path)}（{error.strerror or error}），下次要重新拟合。")
+            print(f"注意：先验存不进 {shown(path)}（{system_reason(error, advice=False)}），下次要重新拟合。")
     print(f"先验：{len(mixture.weights)} 个高斯的混合")
     return mixture
 
@@ -327,7 +327,7 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # 是我们自己说清的
             raise
-        raise OSError(f"{shown(path)} 写不成（{error.strerror}）；请检查磁盘空间与权限，或用 --out 换一个位置。") from error
+        raise OSError(f"{shown(path)} 写不成（{system_reason(error, advice=False)}）；请检查磁盘空间与权限，或用 --out 换一个位置。") from error
 
 
 # ---------------------------------------------------------------- 写什么
