@@ -257,3 +257,18 @@ def test_default_sizes_of_own_pictures_are_what_is_checked(own_run, capsys, tmp_
     assert cli.main([str(word) for word in [*data, "--image-size", 8]]) == 0
     assert "整除" in fails(capsys, *data[:-1], tmp_path / "s", "--image-size", 28)
     assert "只给一个" in fails(capsys, *data, "--minutes", 1)
+
+
+def test_a_checkpoint_from_before_still_resumes(tmp_path, monkeypatch, capsys):
+    """从前的检查点没有记下数据的摘要、翻转与换数据的步数。"""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(SMALL) == 0
+    file = tmp_path / "runs" / "faces" / CHECKPOINT
+    state = load_checkpoint(file)
+    del state["config"]["mirror"], state["data"]
+    state.pop("since", None)
+    file.unlink()
+    torch.save(state, file)
+    (file.parent / "best.pt").unlink()
+    assert cli.main(["train", "--resume", "--epochs", "3"]) == 0, capsys.readouterr().err
+    assert [row["epoch"] for row in load_checkpoint(file)["history"]] == [1, 2, 3]

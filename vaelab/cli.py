@@ -202,7 +202,7 @@ def _say_settings(
         f"{config.epochs} 轮共 {config.epochs * per_epoch} 步{f'（{why}）' * bool(why)}，结果在 {shown(out)}{os.sep}"
     )
     if saved:
-        changed = {field.name: (saved["config"][field.name], getattr(config, field.name)) for field in fields(TrainConfig)}
+        changed = {field.name: (saved["config"].get(field.name, field.default), getattr(config, field.name)) for field in fields(TrainConfig)}
         if listed := "、".join(f"{name} {old} → {new}" for name, (old, new) in changed.items() if old != new):
             say(f"注意：改了 {listed}，此后的数与不间断的训练不同（学习率按新的总轮数重新展开）。")
     elif source not in NAMES:
