@@ -78,8 +78,8 @@ class VanillaVAE(nn.Module):
         features = widths[-1] * self.bottom**2
         self.fc_mu = nn.Linear(features, self.latent_dim)
         self.fc_var = nn.Linear(features, self.latent_dim)
-        # 从 log_var = 0（q 的方差等于先验）出发，KL 起步时不推它；遇到离群的图，头几步的 KL 因此小几倍。
-        # 真正防住头几步的是小的学习率：默认初始化下，0.005 可以冲过 1e6，0.001 冲不到 1e4（2×2 的表在 01 章）。
+        # 从 log_var = 0（q 的方差等于先验）出发，KL 起步时不推它。头三步主要靠小的学习率：默认初始化下，0.005 可以
+        # 冲过 1e6，0.001 冲不到 1e4；同样的离群图再来一次，0.001 也会冲过 1e5，从 0 出发才只有几百（量法在 01 章）。
         nn.init.zeros_(self.fc_var.weight)
         nn.init.zeros_(self.fc_var.bias)
 
