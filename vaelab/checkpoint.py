@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from vaelab.config import LOSSES, TrainConfig, TrainingError
+from vaelab.config import LOSSES, TrainConfig, TrainingError, gentler
 from vaelab.evaluate import Evaluation
 from vaelab.files import copy_atomically, shown, system_reason, write_atomically
 from vaelab.processes import pick_device
@@ -77,7 +77,7 @@ class Run:
         saved = "" if self.path is None else "上一轮的检查点完好，减小 --lr 后可加 --resume 接着训练；"
         raise TrainingError(
             f"第 {step} 步的损失不再是有限的数（MSE {values[1]:.3g}，KL {values[2]:.3g}）：多半是学习率 "
-            f"{self.config.lr:g} 太大；{saved}也可以先试 lr = {self.config.lr / 4:g}。"
+            f"{self.config.lr:g} 太大；{saved}也可以先试 lr = {gentler(self.config.lr):g}。"
         )
 
     def finish_epoch(self, test: Evaluation, images_per_s: float, seconds: float) -> None:

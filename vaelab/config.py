@@ -69,5 +69,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38  # NaN 与无穷都不小于它
 
 
+def gentler(lr: float) -> float:
+    """训练爆了之后该试的学习率：四分之一，至多是缺省的那么大。"""
+    return min(lr / 4, TrainConfig.lr)
+
+
 class TrainingError(RuntimeError):
     """训练不能继续；信息说明在哪一步、可能的原因与办法。"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vaelab.config import TrainConfig, TrainingError
+from vaelab.config import TrainConfig, TrainingError, gentler
 from vaelab.evaluate import Evaluation
 
 ABSURD_LOSS = 1e4
@@ -34,7 +34,7 @@ def look(test: Evaluation, config: TrainConfig, epoch: int, steps_per_epoch: int
     if not loss <= ABSURD_LOSS:  # NaN 也算
         raise TrainingError(
             f"第 {epoch} 轮末的测试损失是 {loss:.3g}（MSE {test.mse:.3g}，KL {test.kld:.3g}，ELBO {test.elbo:.3g}），"
-            f"而全灰的图也不会超过 1，训练已经爆了：多半是学习率 {config.lr:g} 太大，请试 --lr {config.lr / 4:g}，仍不行就再除以 4；"
+            f"而全灰的图也不会超过 1，训练已经爆了：多半是学习率 {config.lr:g} 太大，请试 --lr {gentler(config.lr):g}，仍不行就再除以 4；"
             "这一轮没有存进检查点。"
         )
     first = max(PATIENCE, -(-PATIENT_STEPS // steps_per_epoch))
@@ -43,5 +43,5 @@ def look(test: Evaluation, config: TrainConfig, epoch: int, steps_per_epoch: int
         return None
     return (
         f"注意：第 {epoch} 轮的测试 MSE {test.mse:.4g} 比只猜平均图的 {test.baseline_mse:.4g} 还大，隐变量还没有帮上忙；"
-        f"可以训练得更久，减小 --kld-weight，或把 --lr 减到 {config.lr / 4:g}。"
+        f"可以训练得更久，减小 --kld-weight，或把 --lr 减到 {gentler(config.lr):g}。"
     )
