@@ -22,7 +22,7 @@ from vaelab.step import learning_rate
 from vaelab.stepper import Stepper
 from vanilla_vae import VanillaVAE
 
-MINUTES = {"cpu": 2.4, "mps": 2.0, "cuda": 1.0}  # 没有指明轮数时训练多久；两个 CPU 核上，连同解码与画图在三分钟之内
+MINUTES = {"cpu": 2.1, "mps": 2.0, "cuda": 1.0}  # 没有指明轮数时训练多久；两个 CPU 核上，连同解码与画图在三分钟之内
 MOST_EPOCHS = 150  # 再多，几百张图早已背下来，测试 ELBO 不再升
 LOPSIDED = 0.01  # 左右的差别不到这么多，就当作分不出，见 :func:`lopsided`
 FEW = 200  # 少于这么多张训练图，要说一句
