@@ -4,6 +4,7 @@
 """
 
 import os
+import signal
 from pathlib import Path
 
 # 空转的 OpenMP 线程会与别的程序抢 CPU。须在 import torch 之前；笔记的内核与测试起的子进程都继承这里设的环境变量。
@@ -15,6 +16,9 @@ import hypothesis
 import matplotlib  # noqa: F401  存字体表的文件夹不能写，它改用临时的，记在环境变量里
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # 放在后台的 pytest 不理 Ctrl-C，它起的进程也会不理
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["figures_plugin"]
 ROOT = Path(__file__).resolve().parent

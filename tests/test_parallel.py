@@ -13,14 +13,16 @@ import torch
 
 from conftest import ROOT
 from vaelab import cli
-from vaelab.checkpoint import CHECKPOINT, HISTORY, load_checkpoint, load_model
+from vaelab.checkpoint import BEST, CHECKPOINT, HISTORY, load_checkpoint, load_model
 from vaelab.config import TrainConfig
 from vaelab.data import load
+from vaelab.files import LOCK
 from vaelab.images import batches
 from vaelab.plan import make_plan
 from vaelab.processes import World, current_world, join, process_gpu
 from vaelab.step import Objective
 from vaelab.stepper import Stepper
+from vaelab.using import PRIOR
 from vanilla_vae import VanillaVAE
 
 SMALL = "--count 120 --image-size 16 --hidden-dims 4,8 --latent-dim 3 --batch-size 16 --precision fp32".split()
@@ -106,7 +108,7 @@ def test_training_and_resuming_do_not_depend_on_the_number_of_processes(tmp_path
     output = finished(together("--epochs", 1, "--out", tmp_path / "mixed"))
     assert output.count("为什么这样跑：") == output.count("接下来可以试") == 1 and "2 个进程均分" in output
     pictures = {f"{name}.png" for name in ("history", "kl", "reconstructions", "samples")}
-    assert {path.name for path in (tmp_path / "mixed").iterdir()} == {CHECKPOINT, HISTORY, *pictures}
+    assert {path.name for path in (tmp_path / "mixed").iterdir()} == {CHECKPOINT, BEST, HISTORY, PRIOR, LOCK, *pictures}
     (first,) = timeless(tmp_path / "mixed")
     alone("--epochs", 2, "--resume", "--out", tmp_path / "mixed")
 

@@ -108,7 +108,7 @@ def test_a_run_that_cannot_be_kept_or_continued_gives_the_model_back_too(data, t
     blocked, done = tmp_path / "文件", tmp_path / "done"
     blocked.write_text("占着名字", encoding="utf-8")
     train(half_frozen(), data, CONFIG, done, device="cpu", progress=False)
-    for out, resume, error in ((blocked, False, TrainingError), (done, True, ValueError)):
+    for out, resume, error in ((blocked, False, NotADirectoryError), (done, True, ValueError)):
         model = half_frozen()
         with pytest.raises(error):
             train(model, data, CONFIG, out, resume=resume, device="cpu", progress=False)

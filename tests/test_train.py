@@ -478,5 +478,5 @@ def test_more_bad_input(data, tmp_path):
         train(new_model(), data, CONFIG, resume=True, device="cpu", progress=False)
     blocked = tmp_path / "文件"
     blocked.write_text("占着名字", encoding="utf-8")
-    with pytest.raises(TrainingError, match="写不进"):
+    with pytest.raises(NotADirectoryError, match="结果文件夹应是文件夹"):
         train(new_model(), data, CONFIG, blocked, device="cpu", progress=False)

@@ -331,6 +331,7 @@ def test_sampling_from_the_fitted_prior_is_cached_for_these_weights_and_this_dat
         text = works(capsys, "sample", run, "--prior", "fitted", "--num", 4, "--out", tmp_path / name, *more)
         return text, (tmp_path / name).read_bytes()
 
+    (run / using.PRIOR).unlink()  # 训练完画图时拟合过
     (first, a), (second, b) = draw("a.png"), draw("b.png")
     assert "拟合先验" in first and "拟合先验" not in second and a == b
     (run / using.PRIOR).write_bytes(b"broken")

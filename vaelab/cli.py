@@ -50,11 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with terminated_by_signal(), _all_said():
             options = build_parser().parse_args(argv)
             check_early(options)
-            os.environ["MPLBACKEND"] = "Agg"  # 只写文件，没有屏幕也行；环境里原来写着什么，导入时就会检查
-            logging.getLogger("matplotlib").setLevel(logging.ERROR)  # 存字体表的文件夹不能写，它会说一段英文；不影响画图
-            import matplotlib
-
-            matplotlib.use("Agg")
+            _draw_without_screen()
             return COMMANDS[options.command](options)
     except KeyboardInterrupt:
         print("已中断；存好的检查点不受影响。", file=sys.stderr)
@@ -65,6 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         print(f"错误：{explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _draw_without_screen() -> None:
+    """图只写成文件，没有屏幕也行。环境变量里的后端导入时就会检查，写错了也不该拦住这里，所以导入时先拿开。"""
+    before = os.environ.pop("MPLBACKEND", None)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # 存字体表的文件夹不能写，它会说一段英文；不影响画图
+    import matplotlib
+
+    matplotlib.use("Agg")
+    if before is not None:
+        os.environ["MPLBACKEND"] = before
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
 from filelock import FileLock, Timeout
 
 LOCK = ".lock"
@@ -78,6 +79,9 @@ def hold(folder: Path | None) -> Iterator[None]:
             f"结果文件夹 {shown(folder)} 不能写（{system_reason(error, advice=False)}）；请检查权限与磁盘空间，或用 --out 换一个位置。"
         ) from error
     _held[folder.resolve()] = threading.get_ident()
+    for left in folder.glob("*.tmp"):  # 被杀的进程没写完的
+        if (owner := left.name.split(".")[-2]).isdigit() and not psutil.pid_exists(int(owner)):
+            left.unlink(missing_ok=True)
     try:
         yield
     finally:

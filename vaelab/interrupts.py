@@ -52,7 +52,8 @@ def stop_on_signal(run: Run, speak: bool = False) -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.number = stop.number or signum
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    minded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]  # 放在后台的不理 Ctrl-C
+    previous = {number: signal.signal(number, handler) for number in minded}
     try:
         yield stop
         if speak and stop():
