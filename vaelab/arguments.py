@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from vaelab import choose
-from vaelab.config import MAX_COUNT, MAX_SEED, MODEL_DEFAULTS, PRECISIONS, TrainConfig
+from vaelab.config import DATA_DEFAULTS, MAX_COUNT, MAX_SEED, MODEL_DEFAULTS, PRECISIONS, TrainConfig
 from vaelab.data import NAMES
 from vaelab.memory import model_memory, require_memory
 from vaelab.parser import Parser, Real, UsageError, Whole, path, quoted
@@ -26,7 +26,6 @@ PRIORS = ("standard", "fitted")
 EXPORT_FORMATS = ("safetensors", "onnx")
 SEED = Whole(high=MAX_SEED)
 MAX_LEVELS = 16  # 每一级边长减半，边长至多 2**16
-DEFAULT_COUNT = 10_000  # 脸的张数
 EXAMPLES = """例子：
   python vanilla_vae.py                                       画一万张卡通脸，训练，画出结果
   python vanilla_vae.py train --data mnist --download --image-size 32
@@ -73,7 +72,7 @@ def build_parser() -> Parser:
     option("--download", "没有时允许下载", action="store_true")
     option("--image-size", "图像边长，像素（默认 64）", type=Whole(high=2**16), metavar="N")
     option("--channels", "1 灰度，3 彩色（默认随数据）", type=Whole(), choices=(1, 3))
-    option("--count", "画多少张脸（默认 10000）", type=Whole(), metavar="N")
+    option("--count", f"画多少张脸（默认 {DATA_DEFAULTS['count']}）", type=Whole(), metavar="N")
     option("--data-seed", "画脸与划分测试集的种子（默认 0）", type=SEED, metavar="N")
     option("--latent-dim", f"隐变量维数（默认 {MODEL_DEFAULTS['latent_dim']}）", type=Whole(), metavar="N")
     widths = ",".join(map(str, MODEL_DEFAULTS["hidden_dims"]))
@@ -174,7 +173,7 @@ def _require_writable(out: Path, folder: bool) -> None:
 
 def _require_room(given: dict) -> None:
     """模型与要画的脸装得进内存。续训时没有写明的取决于检查点，按最小的算，只拦一定装不下的。"""
-    source, resume, device = given.get("data", "faces"), given.get("resume", False), pick_device(given["device"])
+    source, resume, device = given.get("data", DATA_DEFAULTS["data"]), given.get("resume", False), pick_device(given["device"])
     side = given.get("image_size", choose.image_size(source, device))
     defaults = MODEL_DEFAULTS if resume else choose.model_defaults(source, side)
     model = {"in_channels": given.get("channels") or 3, **{name: given.get(name, default) for name, default in defaults.items()}}
@@ -183,7 +182,7 @@ def _require_room(given: dict) -> None:
     what = f"这样的模型（latent_dim {model['latent_dim']}、hidden_dims {','.join(map(str, model['hidden_dims']))}、图像边长 {side}）"
     require_memory(copies * model_memory({**model, "image_size": side}), what, "请减小 --latent-dim、--hidden-dims 或 --image-size")
     if source == "faces" and not resume:
-        count = given.get("count", DEFAULT_COUNT)
+        count = given.get("count", DATA_DEFAULTS["count"])
         require_memory(count * 3 * side**2, f"画 {count} 张边长 {side} 的脸", "请减小 --count 或 --image-size")
 
 

@@ -88,11 +88,10 @@ def epochs_within(minutes: float | None, seconds: float, config: TrainConfig, da
     per_epoch = config.steps_per_epoch(len(data.train), world.size)
     # 一轮之后的评价：每张测试图一次编码、两次解码，没有反向，约合训练一张的六成。
     epoch = seconds * (per_epoch + 0.6 * len(data.test) / config.batch_size)
-    fitting = max(1, int(60 * (minutes or MINUTES.get(device.type, 2.0)) / epoch))
+    budget = 60 * (minutes or MINUTES.get(device.type, 2.0))
+    fitting = max(1, int(budget / epoch))
     epochs = fitting if minutes else min(fitting, MOST_EPOCHS)
-    limit = (
-        f"{60 * (minutes or MINUTES.get(device.type, 2.0)):.0f} 秒里走得完这么多" if epochs == fitting else f"{MOST_EPOCHS} 轮为限，再多只是背下来"
-    )
+    limit = f"{budget:.0f} 秒里走得完这么多" if epochs == fitting else f"{MOST_EPOCHS} 轮为限，再多只是背下来"
     return epochs, f"{limit}：量得每步 {1000 * seconds:.3g} 毫秒，共约 {duration(epochs * epoch)}"
 
 

@@ -19,7 +19,7 @@ from vaelab import choose, using
 from vaelab.arguments import build_parser, check_early
 from vaelab.cache import cache_summary, clear_cache
 from vaelab.checkpoint import load_checkpoint, require_resumable
-from vaelab.config import MODEL_DEFAULTS, TrainConfig
+from vaelab.config import DATA_DEFAULTS, MODEL_DEFAULTS, TrainConfig
 from vaelab.data import NAMES
 from vaelab.evaluate import Evaluation, evaluate
 from vaelab.files import command, shown
@@ -27,7 +27,7 @@ from vaelab.images import ImageSet
 from vaelab.interrupts import Terminated, explain, terminated_by_signal
 from vaelab.parser import UsageError
 from vaelab.processes import World, join, pick_device
-from vaelab.runs import DATA_DEFAULTS, claim, load_data
+from vaelab.runs import claim, load_data
 from vaelab.train import train
 from vanilla_vae import VanillaVAE
 

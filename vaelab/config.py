@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vanilla_vae import positive_int
 
 LOSSES = ("loss", "Reconstruction_Loss", "KLD", "kld_weight")  # 每一步记下的四个数
+DATA_DEFAULTS = {"data": "faces", "root": "data", "image_size": 64, "channels": None, "count": 10_000, "data_seed": 0}
 MODEL_DEFAULTS = {"latent_dim": 16, "hidden_dims": [16, 32, 64, 128]}  # 命令行不指明时的模型
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 

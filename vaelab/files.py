@@ -21,9 +21,14 @@ LOCK = ".lock"
 _held: dict[Path, int] = {}  # 这个进程占着的文件夹 → 占它的线程
 
 
+def _beside(path: Path) -> Path:
+    """``path`` 写全之前用的名字：带着进程号，两个进程不会撞上，:func:`hold` 也认得出是谁留下的。"""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """``write(file)`` 写二进制文件：写在旁边、落盘、改名就位；中途死掉，原来的文件不受影响。"""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -39,7 +44,7 @@ def copy_atomically(source: Path, target: Path) -> None:
 
     ``source`` 此后只可以被换掉（:func:`write_atomically`），不可以就地改写。
     """
-    temporary = target.with_name(f"{target.name}.tmp")
+    temporary = _beside(target)
     try:
         temporary.unlink(missing_ok=True)
         linked = False

@@ -8,12 +8,12 @@ from itertools import count
 from pathlib import Path
 
 from vaelab.checkpoint import CHECKPOINT, checkpoint_file, load_checkpoint
+from vaelab.config import DATA_DEFAULTS
 from vaelab.data import NAMES, load
 from vaelab.files import LOCK, hold, shown
 from vaelab.images import ImageSet
 
 RUNS = Path("runs")
-DATA_DEFAULTS = {"data": "faces", "root": "data", "image_size": 64, "channels": None, "count": 10_000, "data_seed": 0}
 
 
 @contextmanager
@@ -33,14 +33,14 @@ def claim(given: dict) -> Iterator[tuple[Path, Path | None]]:
         with hold(file.parent):
             yield file.parent, file
         return
+    data = str(given.get("data", DATA_DEFAULTS["data"]))
     if "out" in given:
-        out, data = Path(given["out"]).expanduser(), str(given.get("data", DATA_DEFAULTS["data"]))
+        out = Path(given["out"]).expanduser()
         if data not in NAMES and out.resolve() == Path(data).expanduser().resolve():
             raise ValueError(f"结果不能写进图片所在的文件夹 {shown(out)}：它会成为运行文件夹，里面的图不再算数据；请用 --out 换一个位置。")
         names = iter([out])
     else:
-        name = str(given.get("data", DATA_DEFAULTS["data"]))
-        name = name if name in NAMES else Path(name).expanduser().resolve().name or "images"
+        name = data if data in NAMES else Path(data).expanduser().resolve().name or "images"
         name = "".join(c if c.isprintable() else "_" for c in name)  # 换行、控制符、坏的 UTF-8 只会添麻烦
         names = (RUNS / (name if number == 1 else f"{name}-{number}") for number in count(1))
     for out in names:

@@ -18,13 +18,14 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from vaelab.checkpoint import BEST, CHECKPOINT, HISTORY, best_row, build_model, checkpoint_file, load_checkpoint
+from vaelab.config import DATA_DEFAULTS
 from vaelab.evaluate import evaluate, log_likelihood_bound
 from vaelab.export import export_onnx, export_safetensors
 from vaelab.files import command, shown, system_reason, write_atomically
 from vaelab.images import ImageSet, to_float, to_uint8
 from vaelab.pictures import read_pictures
 from vaelab.prior import Mixture, fit_prior, load_prior, save_prior
-from vaelab.runs import DATA_DEFAULTS, latest_run, load_data
+from vaelab.runs import latest_run, load_data
 from vaelab.steplog import STEPS, TENSORBOARD
 from vanilla_vae import VanillaVAE, eval_mode, positive_int
 
