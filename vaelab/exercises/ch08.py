@@ -194,9 +194,9 @@ def find_the_overfitted(answer: object) -> None:
     """该选哪一个，哪些过拟合。"""
     what = "两样：选第几个（整数），与过拟合的各个的列表"
     problems = [_problem(8, 400, 831), _problem(9, 900, 832), _problem(7, 100, 833)]
-    fitted, held = problems[0][0].clone(), problems[0][1].clone()
-    fitted[-1] -= 5  # 最后一个两边都差：没有拟合好，不是过拟合
-    for fitted, held in [*problems, (fitted, held)]:
+    poor = problems[0][0].clone()
+    poor[-1] -= 5  # 最后一个两边都差：没有拟合好，不是过拟合
+    for fitted, held in [*problems, (poor, problems[0][1])]:
         chosen, listed_ = listed(ask(answer, fitted.clone(), held.clone()), what, 2)
         chosen = whole(chosen, what, 0)
         found = sorted(whole(each, what, 0) for each in listed(listed_, what))
