@@ -302,3 +302,57 @@ known_wrong(
     ("没有解释的那一份", lambda codes, h: 1 - _score(codes, h)),
     ("先核对目标", lambda codes, h: 0.5),
 )
+
+
+def _level(lam: Tensor, total: float) -> float:
+    """水面 σ²：Σ min(λ, σ²) = total。Σ 对 σ² 分段线性，逐个试有几个方向露出水面。"""
+    lam = lam.sort(descending=True).values
+    for used in range(1, len(lam) + 1):
+        level = (total - float(lam[used:].sum())) / used
+        below = float(lam[used]) if used < len(lam) else 0.0
+        if below <= level <= float(lam[used - 1]):
+            return level
+    raise ValueError(f"总的误差 {total:g} 不在 0 与 λ 之和 {float(lam.sum()):g} 之间")
+
+
+@checks("8.5")
+def weight_for_a_target(answer: object) -> None:
+    """由目标 MSE 定 KL 的权重：反注水的水面乘 2/D。"""
+    spectra = ((0.5, 9.0, 0.25, 2.0, 4.0, 1.0), (3.0, 0.0, 1.0, 0.0), (2.0, 0.1, 0.1, 5.0, 0.7), (1.5,))
+    for values, part in zip(spectra, (0.3, 0.45, 0.2, 0.6)):
+        lam = torch.tensor(values, dtype=torch.float64)
+        target, count = part * float(lam.mean()), len(values)
+        level = _level(lam, count * target)
+        truth = 2 * level / count
+        got = number(ask(answer, lam.clone(), target), "一个数：KL 的权重 w")
+        where = f"lam = {list(values)}、target = {target:.3g} 时"
+
+        def near(value: float, got: float = got) -> bool:
+            return abs(got - value) < 1e-6 * (1 + abs(value))
+
+        if near(truth):
+            continue
+        if got <= 0:
+            raise Wrong(f"{where}你给出 {got:.4g}：权重应是正的。")
+        if near(level):
+            raise Wrong(f"{where}这是 σ²；权重是 w = 2σ²/D。")
+        if near(level / count):
+            raise Wrong(f"{where}小了一半：w = 2σ²/D，不是 σ²/D。")
+        if near(2 * target / count):
+            raise Wrong(f"{where}你把 σ² 当成了 target：只有全部方向都用上时才是；λ 不到 σ² 的方向，误差只有 λ。")
+        if near(2 * _level(lam, target) / count):
+            raise Wrong(f"{where}target 是每个数的 MSE；Σ min(λ, σ²) 是整个样本的，是它的 D 倍。")
+        reached = float(lam.clamp(max=got * count / 2).mean())
+        raise Wrong(f"{where}你的 w = {got:.4g} 对应 σ² = {got * count / 2:.4g}，最优解的 MSE 是 {reached:.4g}，不是目标。")
+
+
+known_wrong(
+    "8.5",
+    ("应交一个数", lambda lam, target: lam),
+    ("权重应是正的", lambda lam, target: -1.0),
+    ("这是 σ²", lambda lam, target: _level(lam, len(lam) * target)),
+    ("小了一半", lambda lam, target: _level(lam, len(lam) * target) / len(lam)),
+    ("只有全部方向都用上时", lambda lam, target: 2 * target / len(lam)),
+    ("是它的 D 倍", lambda lam, target: 2 * _level(lam, target) / len(lam)),
+    ("不是目标", lambda lam, target: 0.1),
+)
