@@ -57,7 +57,7 @@ def test_a_new_chapter_passes_the_tests_as_it_is(copy):
 
 def test_mistakes_are_named(copy):
     for command, complaint in (
-        (("new", "5", "kl", "KL"), "应写成 new 08 latent_space 隐空间"),
+        (("new", "5", "kl", "KL"), "应写成 new 15 normalizing_flows 归一化流"),
         (("new", "05", "kl", "KL"), "已经有"),
         (("build", "77"), "没有第 77 章的 .py 文件"),
         (("draft", "77"), "没有第 77 章的 .ipynb 文件"),

@@ -1,11 +1,11 @@
 """写一章：造出、转成草稿、由草稿造笔记、重新执行、只测这一章。
 
-用法（08 是章号）：
-  python tools/chapter.py new 08 latent_space 隐空间   由 tools/template 造出草稿、练习的检查与 README 的一行
-  python tools/chapter.py draft 05                    由现有的笔记与解答得到草稿（py:percent 脚本，不提交）
-  python tools/chapter.py build 08                    草稿 → 笔记与解答：换上准备单元，在全新的内核里执行，存好
-  python tools/chapter.py run [05 …]                  不经草稿，重新执行笔记与解答；不写章号就是全部
-  python tools/chapter.py test 08                     只测这一章：写法的规则、每格的输出与图、练习的检查
+用法（15 是章号）：
+  python tools/chapter.py new 15 normalizing_flows 归一化流   由 tools/template 造出草稿、练习的检查与 README 的一行
+  python tools/chapter.py draft 05                               由现有的笔记与解答得到草稿（py:percent 脚本，不提交）
+  python tools/chapter.py build 15                               草稿 → 笔记与解答：换上准备单元，在全新的内核里执行，存好
+  python tools/chapter.py run [05 …]                             不经草稿，重新执行笔记与解答；不写章号就是全部
+  python tools/chapter.py test 15                                只测这一章：写法的规则、每格的输出与图、练习的检查
 
 草稿放在笔记旁边，同名，.py。没有改动的单元保留原来的 id。
 """
@@ -44,7 +44,7 @@ def lessons(number: str, suffix: str = ".ipynb", root: Path = ROOT) -> list[Path
 def new(number: str, name: str, title: str, root: Path = ROOT) -> list[Path]:
     """由模板造出一章的草稿、练习的检查与 README 的一行。"""
     if not re.fullmatch(r"\d\d", number) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ChapterError(f"应写成 new 08 latent_space 隐空间（两位章号，小写英文的文件名，中文标题），收到 {number} {name} {title}。")
+        raise ChapterError(f"应写成 new 15 normalizing_flows 归一化流（两位章号，小写英文的文件名，中文标题），收到 {number} {name} {title}。")
     file = f"{number}_{name}"
     targets = {
         "lesson.py": root / f"notebooks/{file}.py",
