@@ -117,8 +117,16 @@ def misfit(images: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def accuracy(z: Tensor, y: Tensor) -> Tensor:
-    """分类器（随机特征 + 岭回归）分两堆 ``[N, L]`` 的正确率：前一半训练，后一半考；分不出是 0.5。"""
+    """分类器（随机特征 + 岭回归）分两堆 ``[N, L]`` 的正确率：前一半训练，后一半考；分不出是 0.5。
+
+    Raises:
+        ValueError: 两堆形状不同，或有一维恒为常数（坍塌的编码）。
+    """
+    if z.shape != y.shape or z.dim() != 2:
+        raise ValueError(f"两堆编码应同为 [N, L]，收到 {list(z.shape)} 与 {list(y.shape)}；请取一样多的样本。")
     half, scale = len(z) // 2, torch.cat([z, y]).std(0)
+    if not bool((scale > 0).all()):
+        raise ValueError(f"第 {int((~(scale > 0)).nonzero()[0])} 维恒为常数或不是有限的数，没有尺度可除；请去掉坍塌的维。")
     inputs, signs = features(torch.cat([z[:half], y[:half]]) / scale), torch.ones(2 * half, 1, dtype=z.dtype)
     signs[half:] = -1
     score = features(torch.cat([z[half:], y[half:]]) / scale) @ ridge(inputs, signs, penalty=1.0)
