@@ -15,7 +15,7 @@ ORDER = [
     "_type", "vanilla_vae", "parser",
     "config", "files", "images", "faces", "decode", "cache", "pictures", "data", "processes", "evaluate", "steplog", "checkpoint",
     "step", "memory", "graph", "plan", "transfer", "stepper", "interrupts", "watch", "train",
-    "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "prior", "export",
+    "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "prior", "lab", "export",
     "choose", "arguments", "runs", "using", "cli",
 ]  # fmt: skip
 FREE = {"prepare", "growing", "jupyter"}  # 笔记与 Jupyter 用的，谁也不引用它们，它们也不引用别的房间
