@@ -39,6 +39,18 @@ def tally(found: list[Grade]) -> str:
     return f"抓到 {caught}/{wrong}，误报 {alarms}/{right}"
 
 
+def scoreboard(answers: list) -> str:
+    """成绩单：各个练习抓到几个、误报几个，一行一个；还没有作答的是 ○。``answers`` 依次是各个练习的作答。"""
+    lines = []
+    for number, answer in zip(ROUNDS, answers):
+        try:
+            found = [each for each in grades(number, answer) if not each.unwritten]
+            lines.append(f"{number}　{tally(found)}，写了 {len(found)}/{len(ROUNDS[number])} 题" if found else f"{number}　○ 还没有作答")
+        except Wrong as error:
+            lines.append(f"{number}　✗ {error}")
+    return "\n".join(lines)
+
+
 def _judge(number: str, answer: object) -> None:
     found = grades(number, answer)
     if all(each.unwritten for each in found):
