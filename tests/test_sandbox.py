@@ -79,7 +79,7 @@ def unspeakable(function):
 FATAL = {
     "死循环": (endless, "死循环"),
     "捕获一切的死循环": (stubborn, "死循环"),
-    "睡着": (sleeps, "等了 3 秒"),
+    "睡着": (sleeps, "一直在等"),
     "exit()": (leaves, "SystemExit"),
     "os._exit": (vanishes, "结束了整个进程"),
     "一点一点吃内存": (grows, "内存"),
@@ -201,6 +201,12 @@ def test_what_cannot_travel_is_named(source, says):
     with open(os.devnull) as handle:
         (outcome,) = trial(in_a_notebook(source, "test", lock=threading.Lock(), handle=handle), ONE)
     assert outcome.status == "broken" and says in outcome.message
+
+
+def test_the_exit_of_a_notebook_is_the_exit_of_python():
+    quitter = type("ZMQExitAutocall", (), {"__module__": "IPython.core.autocall", "__call__": lambda self: None})()
+    (outcome,) = trial(in_a_notebook("def test(f): exit()", "test", exit=quitter), ONE)
+    assert outcome.status == "broken" and "SystemExit" in outcome.message
 
 
 def test_a_name_that_is_missing_is_an_alarm_with_its_name():

@@ -70,7 +70,8 @@ class _Packer(pickle.Pickler):
         if isinstance(value, types.ModuleType):
             return importlib.import_module, (value.__name__,)
         if isinstance(value, types.FunctionType) and not _importable(value):
-            used = {name: value.__globals__[name] for name in sorted(_names(value.__code__)) if name in value.__globals__}
+            space = value.__globals__
+            used = {name: space[name] for name in sorted(_names(value.__code__)) if name in space and not _from_ipython(space[name])}
             cells = [each.cell_contents for each in value.__closure__ or ()]
             made = marshal.dumps(value.__code__), value.__name__, len(cells)
             state = used, cells, value.__defaults__, value.__kwdefaults__
@@ -85,6 +86,11 @@ def _importable(function: types.FunctionType) -> bool:
     for part in function.__qualname__.split("."):
         found = getattr(found, part, None)
     return found is function
+
+
+def _from_ipython(value: object) -> bool:
+    """IPython 放进笔记里的：它的 exit、display。那边用 Python 自己的。"""
+    return (getattr(value, "__module__", None) or type(value).__module__).split(".")[0] in ("IPython", "ipykernel")
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -261,7 +267,7 @@ def _watch(pid: int, answers: Connection, seconds: float, wall: float, memory: i
                 gone, status = (gone, status) if gone else os.waitpid(pid, 0)
         if gone and os.WIFSIGNALED(status):
             if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGALRM):
-                return Outcome("broken", _excess(os.WTERMSIG(status) == signal.SIGXCPU, 1, 0, seconds, wall, memory))
+                return Outcome("broken", _excess(os.WTERMSIG(status) == signal.SIGXCPU, 1, 0, memory))
             return Outcome("broken", f"测试让 Python 整个崩溃了（信号 {os.WTERMSIG(status)}）；多半是递归太深，或内存写坏了。")
         if gone:
             return Outcome("broken", QUIT)
@@ -269,15 +275,15 @@ def _watch(pid: int, answers: Connection, seconds: float, wall: float, memory: i
             times, rss = process.cpu_times(), process.memory_info().rss
         except psutil.Error:  # 正在走
             continue
-        if reason := _excess(times.user + times.system - seconds, time.monotonic() - started - wall, rss - base - memory, seconds, wall, memory):
+        if reason := _excess(times.user + times.system - seconds, time.monotonic() - started - wall, rss - base - memory, memory):
             return Outcome("broken", reason)
 
 
-def _excess(cpu: float, clock: float, memory: float, seconds: float, wall: float, limit: int) -> str:
+def _excess(cpu: float, clock: float, memory: float, limit: int) -> str:
     if cpu > 0:
-        return f"测试算了 {seconds:g} 秒还没有停，被停下了；看看有没有死循环。"
+        return "测试算个不停，到了时间，被停下了；看看有没有死循环。"
     if clock > 0:
-        return f"测试等了 {wall:g} 秒还没有结束，被停下了；看看它在等什么。"
+        return "测试一直在等，到了时间，被停下了；看看它在等什么。"
     return f"测试用的内存超过了 {limit / 2**30:.1f} GiB，被停下了；看看哪个张量太大。" if memory > 0 else ""
 
 
@@ -308,7 +314,7 @@ def _here(packed: bytes, function: Callable, seconds: float, wall: float, memory
         while not done.wait(0.05):
             times, rss = process.cpu_times(), process.memory_info().rss
             used = times.user + times.system - before.user - before.system
-            if reason := _excess(used - seconds, time.monotonic() - started - wall, rss - base - memory, seconds, wall, memory):
+            if reason := _excess(used - seconds, time.monotonic() - started - wall, rss - base - memory, memory):
                 answer(Outcome("broken", reason))
                 os._exit(1)
 
