@@ -45,12 +45,12 @@ class Grade:
 
 
 def grade(puzzle: str, test: Callable, seconds: float = sandbox.SECONDS, wall: float = sandbox.WALL, memory: int = sandbox.MEMORY) -> Grade:
-    """拿 ``test`` 去试题目 ``puzzle`` 的每一个版本；第一次没能好好跑完，后面的就不试了。"""
+    """拿 ``test`` 去试题目 ``puzzle`` 的每一个版本；没能好好跑完的、还没有写的，后面的就不试了。"""
     own = PUZZLES[puzzle]
     targets = [(puzzle, "right", index) for index in range(len(own.right))] + [(puzzle, "wrong", index) for index in range(len(own.wrong))]
     outcomes: list[Outcome] = []
     for target in targets:
-        if outcomes and outcomes[-1].status == "broken":  # 死循环不必等五遍
+        if outcomes and outcomes[-1].status in ("broken", "unwritten"):  # 死循环不必等五遍
             outcomes.append(outcomes[-1])
         else:
             outcomes += sandbox.trial(test, [target], seconds=seconds, wall=wall, memory=memory)
