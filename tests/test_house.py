@@ -14,7 +14,7 @@ from vaelab.exercises.judging import all_checks
 ORDER = [
     "_type", "vanilla_vae", "parser",
     "config", "files", "images", "faces", "decode", "cache", "pictures", "data", "processes", "evaluate", "steplog", "checkpoint",
-    "bugs", "sandbox", "grading",
+    "bugs", "packing", "inside", "sandbox", "grading",
     "step", "memory", "graph", "plan", "transfer", "stepper", "interrupts", "watch", "train",
     "exercises.judging", "exercises", "check", "provenance", "plot", "records", "bench", "prior", "lab", "export",
     "choose", "arguments", "runs", "using", "cli",

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 import types
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -12,10 +13,12 @@ import torch
 
 from vaelab import bugs, sandbox
 from vaelab.grading import grade
+from vaelab.packing import PEEKED
 from vaelab.sandbox import Outcome, trial
 
 ONE = [("kl_of_batch", "right", 0)]
-QUICK = {"seconds": 0.5, "wall": 3.0, "memory": 1 << 28}
+QUICK = {"seconds": 0.3, "wall": 60.0}  # 处理器时间要少；钟表时间要宽，机器再忙也轮不到它先到
+NO_FORK: list = []  # 没有 fork 的那几个用例共用一个沙盒
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="没有 fork")
 
 
@@ -34,6 +37,10 @@ def stubborn(function):
 
 def sleeps(function):
     time.sleep(1000)
+
+
+def calls_once(function):
+    function(torch.zeros(1, 1), torch.zeros(1, 1))
 
 
 def leaves(function):
@@ -77,23 +84,36 @@ def unspeakable(function):
 
 
 FATAL = {
-    "死循环": (endless, "死循环"),
-    "捕获一切的死循环": (stubborn, "死循环"),
-    "睡着": (sleeps, "一直在等"),
-    "exit()": (leaves, "SystemExit"),
-    "os._exit": (vanishes, "结束了整个进程"),
-    "一点一点吃内存": (grows, "内存"),
-    "一口吃内存": (devours, "内存"),
-    "张量太大": (asks_too_much, "内存"),
-    "递归": (recurses, "递归太深"),
+    "死循环": (endless, "算个不停", QUICK),
+    "捕获一切的死循环": (stubborn, "算个不停", QUICK),
+    "睡着": (sleeps, "在等什么", {"wall": 0.5}),
+    "exit()": (leaves, "SystemExit", {}),
+    "os._exit": (vanishes, "结束了整个进程", {}),
+    "一点一点吃内存": (grows, "内存", {"seconds": 20.0, "wall": 60.0, "memory": 1 << 27}),
+    "一口吃内存": (devours, "内存", {}),
+    "张量太大": (asks_too_much, "内存", {}),
+    "递归": (recurses, "递归太深", {}),
 }
 
 
-@pytest.mark.parametrize(("test", "says"), FATAL.values(), ids=FATAL)
-def test_each_death_is_a_sentence(test, says):
-    (outcome,) = trial(test, ONE, **QUICK)
+@pytest.fixture
+def without_fork(monkeypatch):
+    monkeypatch.setenv("VAELAB_NO_FORK", "1")
+    monkeypatch.setattr(sandbox, "_SERVER", NO_FORK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_the_other():
+    yield
+    for each in NO_FORK:
+        each.close()
+
+
+@pytest.mark.parametrize(("test", "says", "limits"), FATAL.values(), ids=FATAL)
+def test_each_death_is_a_sentence(test, says, limits):
+    (outcome,) = trial(test, ONE, **limits)
     assert outcome.status == "broken" and says in outcome.message and outcome.message.endswith("。")
-    (after,) = trial(lambda function: function(torch.zeros(1, 1), torch.zeros(1, 1)), ONE)
+    (after,) = trial(calls_once, ONE)
     assert after == Outcome("quiet", "", 1)
 
 
@@ -103,14 +123,12 @@ def test_a_crash_is_a_sentence():
 
 
 @pytest.mark.parametrize("name", ["死循环", "os._exit"])
-def test_a_system_without_fork_says_the_same(name, monkeypatch):
-    monkeypatch.setenv("VAELAB_NO_FORK", "1")
-    monkeypatch.setattr(sandbox, "_SERVER", [])
-    test, says = FATAL[name]
-    (outcome,) = trial(test, ONE, **QUICK)
+@pytest.mark.usefixtures("without_fork")
+def test_a_system_without_fork_says_the_same(name):
+    test, says, limits = FATAL[name]
+    (outcome,) = trial(test, ONE, **limits)
     assert outcome.status == "broken" and says in outcome.message
     assert trial(lambda function: None, ONE)[0].status == "quiet"
-    sandbox._SERVER[0].close()
 
 
 @FORKS
@@ -132,6 +150,16 @@ def test_what_a_test_changes_is_gone_afterwards():
     assert [each.status for each in trial(vandal, ONE * 2) + trial(looks, ONE * 2)] == ["quiet"] * 4
 
 
+def grandchildren() -> set:
+    """沙盒的那个 Python 之外，还有谁。"""
+    found = set()
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if each.status() != psutil.STATUS_ZOMBIE and each.ppid() != os.getpid():
+                found.add(each)
+    return found
+
+
 @FORKS
 def test_children_are_taken_along():
     def leaves_one_behind(function):
@@ -142,13 +170,14 @@ def test_children_are_taken_along():
         os.fork()
         raise AssertionError("一次")
 
-    before = set(psutil.Process().children(recursive=True))
+    before = grandchildren()
     trial(lambda function: None, ONE)
     assert trial(leaves_one_behind, ONE)[0].status == "quiet"
     assert [each.message for each in trial(speaks_twice, ONE * 2)] == ["一次"] * 2
-    time.sleep(0.2)
-    left = [each for each in set(psutil.Process().children(recursive=True)) - before if each.status() != psutil.STATUS_ZOMBIE]
-    assert all(each.ppid() == os.getpid() for each in left)  # 只有沙盒自己
+    deadline = time.monotonic() + 60
+    while (strays := grandchildren() - before) and time.monotonic() < deadline:  # 停掉了，不等于已经走了
+        time.sleep(0.05)
+    assert not strays
 
 
 def test_the_outside_is_seen_inside():
@@ -223,18 +252,6 @@ def test_the_version_under_test_does_not_give_itself_away():
     assert {each.status for each in trial(looks, [("elbo", "right", 0), ("elbo", "wrong", 0)])} == {"quiet"}
 
 
-def test_an_interrupt_ends_the_conversation(monkeypatch):
-    def stop(self, request):
-        raise KeyboardInterrupt
-
-    trial(lambda function: None, ONE)
-    with monkeypatch.context() as patched:
-        patched.setattr(sandbox._Server, "ask", stop)
-        with pytest.raises(KeyboardInterrupt):
-            trial(lambda function: None, ONE)
-    assert trial(lambda function: None, ONE)[0].status == "quiet"
-
-
 def test_every_puzzle_has_a_contract_and_several_right_versions():
     for name, puzzle in bugs.PUZZLES.items():
         assert len(puzzle.right) >= 3 and len(puzzle.wrong) == len(puzzle.hints) >= 1
@@ -259,3 +276,94 @@ def test_a_grade_counts_catches_and_false_alarms():
     assert (found.caught, found.false_alarms) == (0, 3) and "永远报错" in found.problem
     found = grade("kl_of_batch", endless, seconds=0.3)
     assert (found.caught, found.false_alarms) == (0, 3) and "死循环" in found.problem
+
+
+@pytest.fixture(scope="module")
+def peeking() -> dict:
+    """伸手去拿题库的几种办法：前三种送不进去，后四种进去了也拿不到。"""
+    import vaelab
+
+    sources = [
+        "def test(f): find('kl_of_batch', 'right', 0)",
+        "def test(f): one()",
+        "def test(f): bugs.find",
+        "def test(f):\n import vaelab.grading\n vaelab.grading.PUZZLES['elbo']",
+        "def test(f):\n from vaelab.bugs import find",
+        "def test(f):\n from vaelab.bugs.divergence import kl_of_batch",
+        "def test(f): vaelab.bugs.find",
+    ]
+    given = {"find": bugs.find, "one": bugs.find("kl_of_batch", "right", 1), "bugs": bugs, "vaelab": vaelab}
+    return {source: in_a_notebook(source, "test", **given) for source in sources}
+
+
+def test_the_answers_are_out_of_reach(peeking):
+    found = {source: trial(test, ONE)[0].message for source, test in peeking.items()}
+    assert found == dict.fromkeys(peeking, PEEKED)
+    assert trial(calls_once, ONE)[0].status == "quiet"
+
+
+@pytest.mark.usefixtures("without_fork")
+def test_the_answers_are_out_of_reach_without_fork(peeking):
+    """一次运行里把办法都试一遍：说出那句话，就要换一个沙盒。"""
+    first, second, third, *others = peeking.values()
+    assert {trial(each, ONE)[0].message for each in (first, second, third)} == {PEEKED}
+
+    def tries(function):
+        for each in others:
+            try:
+                each(function)
+            except BaseException as error:
+                assert type(error).__name__ == "_Peeked", error
+            else:
+                raise AssertionError("拿到了")
+
+    assert trial(tries, ONE) == [Outcome("quiet")]
+    assert trial(calls_once, ONE)[0].status == "quiet"
+
+
+def test_a_returned_verdict_is_refused():
+    for result in ("False", "f", "iter([])", "(each for each in [])"):
+        (outcome,) = trial(in_a_notebook(f"def test(f): return {result}", "test"), ONE)
+        assert outcome.status == "broken" and "测试返回了" in outcome.message
+    assert "返回了 False" in trial(in_a_notebook("def test(f): return False", "test"), ONE)[0].message
+
+
+def test_a_sandbox_that_does_not_start_says_so(monkeypatch):
+    monkeypatch.setattr(sandbox, "_SERVER", [])
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="^沙盒没有起来"):
+        patched.setattr(sys, "path", [])
+        trial(calls_once, ONE)
+
+
+def test_an_interrupt_ends_the_conversation(monkeypatch):
+    def stop(self, request, patience):
+        raise KeyboardInterrupt
+
+    trial(lambda function: None, ONE)
+    with monkeypatch.context() as patched:
+        patched.setattr(sandbox._Server, "ask", stop)
+        with pytest.raises(KeyboardInterrupt):
+            trial(lambda function: None, ONE)
+    assert trial(lambda function: None, ONE)[0].status == "quiet"
+
+
+@FORKS
+def test_closing_does_not_wait_for_a_daemon(tmp_path):
+    """放在最后：它关掉大家共用的沙盒。"""
+    flag = tmp_path / "还在"
+    flag.touch()
+    stays = str(flag)
+
+    def daemon(function):
+        if os.fork() == 0:
+            os.setsid()
+            deadline = time.monotonic() + 120
+            while os.path.exists(stays) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            os._exit(0)
+
+    assert trial(daemon, ONE)[0].status == "quiet"
+    started = time.monotonic()
+    sandbox._SERVER[0].close()
+    flag.unlink()
+    assert time.monotonic() - started < 60

@@ -44,8 +44,11 @@ class Grade:
         )
 
 
-def grade(puzzle: str, test: Callable, seconds: float = sandbox.SECONDS, wall: float = sandbox.WALL, memory: int = sandbox.MEMORY) -> Grade:
-    """拿 ``test`` 去试题目 ``puzzle`` 的每一个版本；没能好好跑完的、还没有写的，后面的就不试了。"""
+def grade(puzzle: str, test: Callable, seconds: float | None = None) -> Grade:
+    """拿 ``test`` 去试题目 ``puzzle`` 的每一个版本；没能好好跑完的、还没有写的，后面的就不试了。
+
+    ``seconds`` 是一次运行的处理器时间，秒；不给就是 ``sandbox.SECONDS``。
+    """
     own = PUZZLES[puzzle]
     targets = [(puzzle, "right", index) for index in range(len(own.right))] + [(puzzle, "wrong", index) for index in range(len(own.wrong))]
     outcomes: list[Outcome] = []
@@ -53,7 +56,7 @@ def grade(puzzle: str, test: Callable, seconds: float = sandbox.SECONDS, wall: f
         if outcomes and outcomes[-1].status in ("broken", "unwritten"):  # 死循环不必等五遍
             outcomes.append(outcomes[-1])
         else:
-            outcomes += sandbox.trial(test, [target], seconds=seconds, wall=wall, memory=memory)
+            outcomes += sandbox.trial(test, [target], seconds=sandbox.SECONDS if seconds is None else seconds)
     right, wrong = outcomes[: len(own.right)], outcomes[len(own.right) :]
     return Grade(puzzle, tuple(wrong), tuple(right), _problem(own.hints, wrong, right))
 

@@ -22,7 +22,7 @@ def elbo(x: Tensor, mu: Tensor, log_var: Tensor, weight: Tensor, noise_var: floa
     """线性解码器 p(x|z) = N(weight·z, noise_var·I)、先验 N(0, I)、q = N(mu, diag(exp(log_var))) 的 ELBO。
 
     x 是 [B, D]，mu、log_var 是 [B, L]，weight 是 [D, L]；由至多 n 个样本估计，所以可以带抽样的误差。
-    返回 [B]，单位 nat，常数写全。
+    返回 [B]，单位 nat，常数写全。只约定值，不约定梯度。
     """
     z = mu + (log_var / 2).exp() * torch.randn(n, *mu.shape, dtype=mu.dtype)  # [n, B, L]
     misfit = (x - z @ weight.T).square().sum(2).mean(0)
@@ -147,11 +147,11 @@ def _(z, mu, log_var):
 def fit_ppca(x: Tensor, K: int):
     """概率 PCA 的最大似然解：x ~ N(平均, weight·weightᵀ + noise_var·I)。
 
-    x 是 [N, D]，K < D；返回（weight [D, K]，noise_var）。协方差除以 N。weight 可以差一个旋转或正负号。
+    x 是 [N, D]，K < D；返回（weight [D, K]，noise_var：一个数或零维张量）。协方差除以 N。weight 可以差一个旋转或正负号。
     """
     values, vectors = torch.linalg.eigh(x.T.cov(correction=0))  # 从小到大
     noise_var = values[:-K].mean()
-    return vectors[:, -K:] * (values[-K:] - noise_var).sqrt(), noise_var
+    return vectors[:, -K:] * (values[-K:] - noise_var).clamp_min(0).sqrt(), noise_var
 
 
 @right("fit_ppca")
@@ -160,7 +160,7 @@ def _(x, K):
     _, singular, rows = torch.linalg.svd(centred, full_matrices=False)
     values = singular**2 / len(x)
     noise_var = (centred.square().sum() / len(x) - values[:K].sum()) / (x.shape[1] - K)
-    return rows[:K].T * (values[:K] - noise_var).sqrt(), noise_var
+    return rows[:K].T * (values[:K] - noise_var).clamp_min(0).sqrt(), noise_var
 
 
 @right("fit_ppca")
@@ -168,7 +168,7 @@ def _(x, K):
     values, vectors = torch.linalg.eigh(x.T.cov(correction=0))
     noise_var = float(values[:-K].mean())
     rotation = torch.linalg.qr(torch.randn(K, K, dtype=x.dtype)).Q
-    return vectors[:, -K:] @ (values[-K:] - noise_var).sqrt().diag() @ rotation, noise_var
+    return vectors[:, -K:] @ (values[-K:] - noise_var).clamp_min(0).sqrt().diag() @ rotation, noise_var
 
 
 @wrong("fit_ppca", "模型自己的协方差，与数据的相比怎样？迹应相等，前 K 个特征值也应相等")
@@ -216,7 +216,7 @@ def _(epochs, batches, cycles):
     return one.repeat(cycles)
 
 
-@wrong("cyclical_weights", "几轮、几批、几个循环都取不同的数；数一数有几个 0，后一半是不是 1")
+@wrong("cyclical_weights", "一段要比一轮长，或除不尽一轮：最省事的是好几轮、只有一个循环；看后一半是不是 1")
 def _(epochs, batches, cycles):
     length = epochs * batches // cycles
     within = torch.arange(batches).repeat(epochs)  # 每一轮都从头数

@@ -86,7 +86,7 @@ def _(x, shift, log_scale):
 def learned_prior(mu: Tensor, log_var: Tensor):
     """对角高斯先验，给出（抽样，对数密度）两个函数。
 
-    mu、log_var 是 [L]。draw(n) 返回 [n, L]，来自同一个先验；log_prob(z) 收 [n, L]，返回 [n]，单位 nat。
+    mu、log_var 是 [L]。draw(n) 返回 [n, L]，来自同一个先验；log_prob(z) 收 [n, L]，返回 [n]，单位 nat。样本不必可导。
     """
 
     def draw(n: int) -> Tensor:
@@ -184,8 +184,8 @@ def _(mu, log_var, temperature, n):
 
 @right("tempered_draw")
 def _(mu, log_var, temperature, n):
-    cov = (temperature**2 * log_var.exp()).diag()
-    return MultivariateNormal(mu, cov).sample((n,))
+    scale = (temperature * (log_var / 2).exp()).diag()
+    return MultivariateNormal(mu, scale_tril=scale).sample((n,))
 
 
 @wrong("tempered_draw", "温度为 1 时看不出；温度低，样本应更靠近 mu")

@@ -47,7 +47,7 @@ class _Plain(nn.Module):
 def make_encoder(inputs: int, latent: int, width: int) -> nn.Module:
     """造一个编码器：收 [B, inputs]，给出 (mu, log_var)，各 [B, latent]，两者各有各的权重。
 
-    width 是中间一层的宽度；网络的样子不作约定。
+    width 是中间一层的宽度，没有中间层的不用它；网络的样子、参数的名字不作约定。
     """
     return _TwoHeads(inputs, latent, width)
 
@@ -94,7 +94,7 @@ def _(log_w):
     return (shares * (log_w - log_w.detach())).sum()  # 值恒为 0
 
 
-@wrong("iwae_surrogate", "只有梯度有约定：与自动求导、差分比，K 大于 1，各个 log_w 不同")
+@wrong("iwae_surrogate", "只有梯度有约定：与 logsumexp 的自动求导比，K 大于 1，各个 log_w 不同")
 def _(log_w):
     return (log_w.softmax(0) * log_w).sum()
 
@@ -159,7 +159,7 @@ def _(z, codebook, beta):
 def free_bits(kl: Tensor, floor: float, weight: float) -> Tensor:
     """免费比特：每一维的 KL 低于 floor 就按 floor 算，求和之后乘以权重。
 
-    kl 是 [L]，一批的平均，单位 nat；floor 也是 nat。返回零维张量 weight·Σ_j max(kl_j, floor)，可以反传。
+    kl 是 [L]，一批的平均，单位 nat；floor 也是 nat。返回零维张量 weight·Σ_j max(kl_j, floor)，可以反传；恰在 floor 上的梯度不作约定。
     """
     return weight * kl.clamp_min(floor).sum()
 

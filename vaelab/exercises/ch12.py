@@ -111,14 +111,6 @@ def _calls_only(function: Callable) -> None:
     function(*(torch.zeros(2, 3),) * 4)
 
 
-def _swallows(function: Callable) -> None:
-    try:
-        function(torch.ones(2, 3), torch.ones(2, 3))
-        raise AssertionError
-    except BaseException:
-        pass
-
-
 def _endless(function: Callable) -> None:
     deadline = time.monotonic() + 3600
     while time.monotonic() < deadline:
