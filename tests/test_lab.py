@@ -39,3 +39,5 @@ def test_bad_codes_get_a_sentence():
         lab.accuracy(dead, dead)
     with pytest.raises(ValueError, match="一样多的样本"):
         lab.accuracy(z, z[:10])
+    with pytest.raises(ValueError, match="用 make_faces 造"):
+        lab.make_reader(torch.rand(100, 12), torch.rand(100, 300))

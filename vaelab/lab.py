@@ -105,7 +105,12 @@ def make_reader(factors: Tensor, x: Tensor, varying: Sequence[str] = VARYING) ->
     """由真脸造一个读数的：返回 ``read(images)``，``[N, D]`` → 因子 ``[N, 12]``。
 
     图的前 64 个主方向，过一层随机的 ReLU，再做岭回归。
+
+    Raises:
+        ValueError: 形状不对，或脸少于 65 张。
     """
+    if factors.shape != (len(x), len(FACE_FACTORS)) or x.shape[1:] != (D,) or len(x) <= 64:
+        raise ValueError(f"要 [N, 12] 的因子与 [N, {D}] 的脸，N 大于 64，收到 {list(factors.shape)} 与 {list(x.shape)}；用 make_faces 造。")
     mean, axes = x.mean(0), principal_axes(x[:1024], 64)
     weights = ridge(features((x - mean) @ axes / 8), to_targets(factors, varying))
     return lambda images: to_factors(features((images - mean) @ axes / 8) @ weights, varying)
