@@ -25,6 +25,7 @@ import torch
 
 from vaelab.packing import PEEKED
 
+TOO_MUCH = "测试要的内存太多，系统没有给；看看哪个张量太大。"
 QUIT = "测试结束了整个进程（os._exit 之类）；通过就返回，报错就抛异常。"
 
 
@@ -219,7 +220,7 @@ def _run(packed: bytes, function: Callable) -> Outcome:
     except _Peeked:
         return Outcome("broken", PEEKED, calls)
     except MemoryError:
-        return Outcome("broken", "测试要的内存太多，系统没有给；看看哪个张量太大。", calls)
+        return Outcome("broken", TOO_MUCH, calls)
     except RecursionError:
         return Outcome("broken", "测试的递归太深；看看它是不是一直在调用自己。", calls)
     except (SystemExit, KeyboardInterrupt) as error:
@@ -230,7 +231,7 @@ def _run(packed: bytes, function: Callable) -> Outcome:
         except BaseException:  # 读者自己的异常，连说出来都会出错
             text = ""
         if isinstance(error, RuntimeError) and "allocate memory" in text:
-            return Outcome("broken", "测试要的内存太多，系统没有给；看看哪个张量太大。", calls)
+            return Outcome("broken", TOO_MUCH, calls)
         kind = "" if isinstance(error, AssertionError) else type(error).__name__
         return Outcome("alarm", "：".join(each for each in (kind, text[:60] + "…" * (len(text) > 60)) if each), calls)
     if result is ...:

@@ -96,7 +96,7 @@ def _round(number: str, name: str, test: object) -> list:
 
 
 def _first(number: str, test: object) -> list:
-    return [test, *[_unwritten] * (len(ROUNDS[number]) - 1)]
+    return _round(number, ROUNDS[number][0], test)
 
 
 def _always(function: Callable) -> None:
