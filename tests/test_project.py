@@ -1,8 +1,12 @@
 """两种安装方式给出同一个环境；声明的依赖都真的用到、真的够用。"""
 
+import configparser
+import os
 import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import pytest
 
@@ -76,3 +80,53 @@ def test_notebooks_and_modules_import_only_what_is_declared():
     declared = {{"pillow": "PIL"}.get(name, name) for name in (re.split("[>=]", each)[0] for each in PROJECT["dependencies"])}
     declared |= {re.split("[>=]", each)[0] for each in PROJECT["optional-dependencies"]["export"]}
     assert found - set(sys.stdlib_module_names) - here - declared <= {"IPython", "sympy", "google"}
+
+
+# —— 发布：装 wheel 就是把它解开，再按 entry_points.txt 造出命令 ——
+
+
+def built(kind: str, folder) -> str:
+    code = f"import sys, hatchling.build as build; print(build.build_{kind}(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True, check=True)
+    return folder / done.stdout.split()[-1]
+
+
+def test_the_wheel_gives_the_modules_the_command_and_the_records(tmp_path):
+    wheel = built("wheel", tmp_path)
+    assert wheel.name.startswith(f"vae_zh-{PROJECT['version']}-py3")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+        names = archive.namelist()
+    points = configparser.ConfigParser()
+    points.read_string((tmp_path / "installed" / next(name for name in names if name.endswith("entry_points.txt"))).read_text())
+    module, function = points["console_scripts"]["vae-zh"].split(":")
+    (tmp_path / "bin").mkdir()
+    script = f"import sys; from {module} import {function}; import vanilla_vae, vaelab.records\n"
+    script += f"code = {function}(['sample', 'nowhere']); print(code, vanilla_vae.__file__, len(vaelab.records.read_records()))"
+    (tmp_path / "bin/vae-zh").write_text(script, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "PYTHONIOENCODING": "utf-8"}
+    run = lambda code: subprocess.run([sys.executable, *code], cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8")
+    done = run([str(tmp_path / "bin/vae-zh")])
+    code, path, records = done.stdout.split()
+    assert (code, int(records)) == ("1", len(list((ROOT / "vaelab/records").glob("*.json")))) and "没有检查点 nowhere" in done.stderr
+    assert path == str(tmp_path / "installed/vanilla_vae.py")
+    shown = run(["-c", "from vaelab.cli import main; main(['--version'])"]).stdout
+    assert shown.startswith(f"vae-zh {PROJECT['version']}（torch ")  # 旁边没有课程的文件夹，就叫装好的命令
+
+
+def test_the_sdist_holds_the_whole_course(tmp_path):
+    with tarfile.open(built("sdist", tmp_path)) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("这里不是 git 的工作区，说不出课程有哪些文件")
+    wanted = {name for name in listed.stdout.split() if name.startswith(("notebooks/", "photos/", "tests/", "tools/", "vaelab/")) or "/" not in name}
+    assert wanted <= held and "uv.lock" not in held
+
+
+def test_the_version_is_the_same_everywhere():
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    latest = re.search(r"^## (\d\S+)（(\d{4}-\d\d-\d\d)）$", changes, re.MULTILINE)
+    assert latest and latest[1] == PROJECT["version"]
+    assert f"\nversion: {latest[1]}\n" in citation and f'\ndate-released: "{latest[2]}"\n' in citation

@@ -16,6 +16,7 @@ import torch
 from vaelab import choose
 from vaelab.config import DATA_DEFAULTS, MAX_COUNT, MAX_SEED, MODEL_DEFAULTS, PRECISIONS, TrainConfig
 from vaelab.data import NAMES
+from vaelab.files import program
 from vaelab.memory import model_memory, require_memory
 from vaelab.parser import Parser, Real, UsageError, Whole, path, quoted
 from vaelab.plan import PLACES, SWITCHES
@@ -27,14 +28,14 @@ EXPORT_FORMATS = ("safetensors", "onnx")
 SEED = Whole(high=MAX_SEED)
 MAX_LEVELS = 16  # 每一级边长减半，边长至多 2**16
 EXAMPLES = """例子：
-  python vanilla_vae.py                                       画一万张卡通脸，训练，画出结果
-  python vanilla_vae.py train --data mnist --download --image-size 32
-  python vanilla_vae.py train --data ~/Pictures --image-size 64 --epochs 50
-  python vanilla_vae.py train --resume --epochs 40            接着最近一次训练，直到 40 轮
-  python vanilla_vae.py sample runs/faces --num 100
-  python vanilla_vae.py interpolate runs/faces --first 3 --second 8
-  python vanilla_vae.py evaluate runs/faces --importance-samples 64
-  torchrun --nproc_per_node 4 vanilla_vae.py train --batch-size 256    四个进程一起训练，批大小是四份之和
+  {program}                                       画一万张卡通脸，训练，画出结果
+  {program} train --data mnist --download --image-size 32
+  {program} train --data ~/Pictures --image-size 64 --epochs 50
+  {program} train --resume --epochs 40            接着最近一次训练，直到 40 轮
+  {program} sample runs/faces --num 100
+  {program} interpolate runs/faces --first 3 --second 8
+  {program} evaluate runs/faces --importance-samples 64
+  torchrun --nproc_per_node 4 {module} train --batch-size 256    四个进程一起训练，批大小是四份之和
 每个子命令都有自己的 --help。"""
 
 
@@ -56,12 +57,14 @@ def _kld_weight(text: str) -> float | str:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="vanilla_vae.py", description="训练与使用变分自动编码器。不带子命令就是 train。", epilog=EXAMPLES)
-    parser.add_argument("--version", action="version", version=f"vanilla_vae.py {version()}（torch {torch.__version__}）", help="显示版本")
+    name = program().removeprefix("python ")
+    examples = EXAMPLES.format(program=program(), module=name if name.endswith(".py") else "-m vanilla_vae")
+    parser = Parser(prog=name, description="训练与使用变分自动编码器。不带子命令就是 train。", epilog=examples)
+    parser.add_argument("--version", action="version", version=f"{name} {version()}（torch {torch.__version__}）", help="显示版本")
     commands = parser.add_subparsers(title="子命令", dest="command", parser_class=Parser, metavar="子命令")
 
     # 缺省值一律不写进解析结果（SUPPRESS），这样续训时才知道哪些是你明说的。
-    command = commands.add_parser("train", help="训练", description="训练一个 VAE，结果存在 --out 里。", epilog=EXAMPLES)
+    command = commands.add_parser("train", help="训练", description="训练一个 VAE，结果存在 --out 里。", epilog=examples)
     config = {field.name: field.default for field in fields(TrainConfig)}
 
     def option(name: str, text: str, **kwargs) -> None:

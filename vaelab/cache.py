@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 from filelock import FileLock, Timeout  # torch 自身的依赖，装了 torch 就有
 
-from vaelab.files import shown, system_reason
+from vaelab.files import command, shown, system_reason
 
 _LARGE = 20 * 2**30  # 缓存合起来超过这么大，或磁盘只剩不到 _SCARCE，就提一句怎么清
 _SCARCE = 2**30
@@ -85,7 +85,7 @@ def build_cache(cache: Path, key: str, about: dict, decode: Callable[..., dict])
         if isinstance(error, OSError):
             reason = system_reason(error, advice=False)
             free = _readable(shutil.disk_usage(cache).free)
-            advice = "请腾出空间（vanilla_vae.py cache --clear 清掉旧的解码缓存），或用环境变量 VAELAB_CACHE 指定别处。"
+            advice = f"请腾出空间（{command('cache', '--clear')} 清掉旧的解码缓存），或用环境变量 VAELAB_CACHE 指定别处。"
             raise OSError(f"解码缓存写不进 {shown(cache)}（{reason}，磁盘还剩 {free}）；{advice}") from error
         raise
     return map_pixels(path), record
@@ -97,7 +97,7 @@ def size_note(cache: Path) -> tuple[str, ...]:
         total, free = sum(path.stat().st_size for path in cache.glob("*.npy")), shutil.disk_usage(cache).free
         if total > _LARGE or (free < _SCARCE and total > free / 10):
             size, left = _readable(total), _readable(free)
-            return (f"解码缓存 {shown(cache)} 共 {size}，磁盘还剩 {left}；vanilla_vae.py cache --clear 清掉它，用到时会重新解码。",)
+            return (f"解码缓存 {shown(cache)} 共 {size}，磁盘还剩 {left}；{command('cache', '--clear')} 清掉它，用到时会重新解码。",)
     return ()
 
 

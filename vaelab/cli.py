@@ -1,4 +1,4 @@
-"""``python vanilla_vae.py`` 的命令行：把参数交给训练，或交给 :mod:`vaelab.using`。"""
+"""命令行，``python vanilla_vae.py`` 或安装之后的 ``vae-zh``：把参数交给训练，或交给 :mod:`vaelab.using`。"""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -106,10 +107,16 @@ def shown(name: str | os.PathLike) -> str:
     return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else escaped(c) for c in os.fspath(name))
 
 
+def program() -> str:
+    """读者怎样叫起命令行：安装之后是 ``vae-zh``，在课程的文件夹里是 ``python vanilla_vae.py``。"""
+    in_course = (Path(__file__).parents[1] / "pyproject.toml").is_file()
+    return "python vanilla_vae.py" if in_course and Path(sys.argv[0]).stem != "vae-zh" else "vae-zh"
+
+
 def command(*words: object) -> str:
     """可以照抄进这里的终端的一条命令；路径（Path）里的空格、引号、开头的 ``-``、看不见的字符都照顾到。"""
     texts = [f".{os.sep}{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
-    return f"python vanilla_vae.py {subprocess.list2cmdline(texts) if os.name == 'nt' else ' '.join(map(_quoted, texts))}"
+    return f"{program()} {subprocess.list2cmdline(texts) if os.name == 'nt' else ' '.join(map(_quoted, texts))}"
 
 
 def _quoted(text: str) -> str:

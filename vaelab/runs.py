@@ -10,7 +10,7 @@ from pathlib import Path
 from vaelab.checkpoint import CHECKPOINT, checkpoint_file, load_checkpoint
 from vaelab.config import DATA_DEFAULTS
 from vaelab.data import NAMES, load
-from vaelab.files import LOCK, hold, shown
+from vaelab.files import LOCK, hold, program, shown
 from vaelab.images import ImageSet
 
 RUNS = Path("runs")
@@ -78,7 +78,7 @@ def _forget(out: Path) -> None:
 def latest_run() -> Path:
     found = sorted(RUNS.glob(f"*/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise FileNotFoundError(f"{RUNS.resolve()} 里还没有训练结果；请先运行 python vanilla_vae.py，或写明运行文件夹。")
+        raise FileNotFoundError(f"{RUNS.resolve()} 里还没有训练结果；请先运行 {program()}，或写明运行文件夹。")
     return found[-1].parent
 
 
