@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from stamp import BADGE, CELL, FOLDED, MARK, ROOT, StampError, cell, clean_address, notebooks
+from stamp import BADGE, CELL, FOLDED, MARK, ROOT, StampError, cell, clean_address, notebooks, pages
 
 GITHUB = "https://github.com/someone/vae-zh"
 
@@ -240,7 +240,9 @@ def test_stamp_and_remove_are_exact_inverses(tree, address):
         for new, was in zip(book.cells, old.cells, strict=True):
             assert new == was or new.source == first or BADGE.sub("", new.source) == was.source
             assert new.get("outputs") == was.get("outputs")
-    assert f"git clone {address}\n" in once[tree / "README.md"].decode()
+    readme = once[tree / "README.md"].decode()
+    assert f"git clone {address}\n" in readme
+    assert on_github == ("在线阅读：[https://someone.github.io/vae-zh/](https://someone.github.io/vae-zh/)" in readme)
     assert stamp(tree, "--remove").returncode == 0 and contents(tree) == before
 
 
@@ -312,9 +314,37 @@ def test_other_addresses_are_refused_in_chinese(bad):
         clean_address(bad)
 
 
+def test_the_site_has_an_address_of_its_own(tree):
+    before = contents(tree)
+    assert stamp(tree, GITHUB, "https://read.example.org/vae").returncode == 0
+    once = contents(tree)
+    assert "在线阅读：[https://read.example.org/vae/](https://read.example.org/vae/)" in once[tree / "README.md"].decode()
+    assert stamp(tree, "--refresh").returncode == 0 and contents(tree) == once  # 不退回缺省的
+    assert "https://read.example.org/vae/" in stamp(tree, "--check").stdout
+    assert stamp(tree, "--remove").returncode == 0 and contents(tree) == before
+
+
+@pytest.mark.parametrize("address, site", [
+    (GITHUB, "https://someone.github.io/vae-zh/"),
+    ("https://github.com/Someone/someone.github.io", "https://someone.github.io/"),
+    ("https://gitee.com/someone/vae-zh", ""),
+])  # fmt: skip
+def test_github_pages_has_a_usual_address(address, site):
+    assert pages(address) == site
+
+
+@pytest.mark.parametrize("site", ["", "someone.github.io", "ftp://a.b/", "https://a.b/)", "https://a.b/x y", "javascript:alert(1)"])
+def test_other_site_addresses_are_refused_before_anything_is_written(tree, site):
+    before = contents(tree)
+    done = stamp(tree, GITHUB, site)
+    assert done.returncode == 2 and "网站的地址" in done.stderr and contents(tree) == before
+
+
 def test_help_and_mistakes_are_in_chinese(tree):
     assert "用法" in stamp(tree, "--help").stdout
-    assert stamp(tree, "a", "b").returncode == 2
+    for words in (["a", "b", "c"], [GITHUB, "--check"], ["--nonsense"]):
+        done = stamp(tree, *words)
+        assert done.returncode == 2 and done.stderr.startswith("错误：") and "Traceback" not in done.stderr
 
 
 def test_the_first_chapter_sees_figures_that_do_not_show_and_fonts_that_cannot_be_kept(tmp_path, monkeypatch):

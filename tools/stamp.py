@@ -1,12 +1,14 @@
 """每本笔记的第一个代码单元（准备单元）、整本的元数据，以及把仓库地址写进去的命令。
 
 用法：
-  python tools/stamp.py 地址        把仓库地址写进所有笔记与 README；地址在 GitHub 上时再加“在 Colab 打开”的徽章
+  python tools/stamp.py 地址        把仓库地址写进所有笔记与 README；地址在 GitHub 上时再加“在 Colab 打开”的徽章，与网站的地址
+  python tools/stamp.py 地址 网址   网站（tools/build_site.py 造的）不在 GitHub Pages 的缺省地址时，写明它
   python tools/stamp.py --remove    去掉地址与徽章，文件回到写入之前的样子
   python tools/stamp.py --refresh   单元的模板改过之后，把新的单元写进所有笔记，地址不变
   python tools/stamp.py --check     检查每本笔记的单元、元数据、地址与徽章是否一致；不一致时退出码为 1
 
 地址可以是 https://github.com/某人/某仓库，也可以是 git clone 认得的其他地址或本机的文件夹。
+网站的地址只写在 README 里，缺省是 https://某人.github.io/某仓库/。
 README 里的地址写在 <!-- 地址：开始 --> 与 <!-- 地址：结束 --> 之间；没有这两个标记时不改 README。"""
 
 from __future__ import annotations
@@ -107,6 +109,26 @@ def clean_address(address: str) -> str:
     return address
 
 
+def clean_site(site: str) -> str:
+    """检查网站的地址，末尾总带 ``/``。
+
+    Raises:
+        StampError: 不是 http 或 https 的网址，或里面有空白、引号、括号。
+    """
+    if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/[^\s\"'`<>()]*)?", site):
+        raise StampError(f"网站的地址 {site!r} 不能用：应是 https:// 开头、不含空白、引号与括号的网址。")
+    return site.rstrip("/") + "/"
+
+
+def pages(address: str) -> str:
+    """GitHub Pages 的缺省地址；仓库不在 GitHub 上时为空。"""
+    found = re.fullmatch(r"https://github\.com/([\w.-]+)/([\w.-]+)", address)
+    if not found:
+        return ""
+    owner, name = found[1].lower(), found[2]
+    return f"https://{owner}.github.io/" + ("" if name.lower() == f"{owner}.github.io" else f"{name}/")
+
+
 def notebooks(root: Path = ROOT) -> list[Path]:
     """课程的全部笔记，含解答。"""
     return sorted((root / "notebooks").glob("*.ipynb")) + sorted((root / "notebooks/solutions").glob("*.ipynb"))
@@ -130,9 +152,10 @@ def stamped(path: Path, address: str, root: Path = ROOT) -> str:
     return json.dumps(notebook, ensure_ascii=False, indent=1) + "\n" * text.endswith("\n")
 
 
-def stamped_readme(text: str, address: str) -> str:
+def stamped_readme(text: str, address: str, site: str = "") -> str:
     """README 换上地址之后的全文。"""
-    block = f"{badge(address, 'notebooks/00_start_here.ipynb')}\n\n```bash\ngit clone {address}\n```\n\n" if address else ""
+    online = f"\n\n在线阅读：[{site}]({site})" if site else ""
+    block = f"{badge(address, 'notebooks/00_start_here.ipynb')}{online}\n\n```bash\ngit clone {address}\n```\n\n" if address else ""
     return README_BLOCK.sub(lambda found: found[1] + block + found[2], text)
 
 
@@ -155,13 +178,32 @@ def current_address(root: Path = ROOT) -> str:
     return found.pop() if found else ""
 
 
-def changes(address: str, root: Path = ROOT) -> dict[Path, str]:
-    """写上 ``address`` 之后内容会变的文件与它们的新全文；为空就是全都一致。"""
+def current_site(root: Path = ROOT) -> str:
+    """README 里现有的网站地址，没有则为空。"""
+    readme = root / "README.md"
+    block = README_BLOCK.search(readme.read_text(encoding="utf-8")) if readme.is_file() else None
+    found = re.search(r"^在线阅读：\[([^\]]*)\]", block[0], re.MULTILINE) if block else None
+    return found[1] if found else ""
+
+
+def changes(address: str, root: Path = ROOT, site: str = "") -> dict[Path, str]:
+    """写上 ``address`` 与 ``site`` 之后内容会变的文件与它们的新全文；为空就是全都一致。"""
     texts = {path: stamped(path, address, root) for path in notebooks(root)}
     readme = root / "README.md"
     if readme.is_file():
-        texts[readme] = stamped_readme(readme.read_text(encoding="utf-8"), address)
+        texts[readme] = stamped_readme(readme.read_text(encoding="utf-8"), address, site)
     return {path: text for path, text in texts.items() if text != path.read_text(encoding="utf-8")}
+
+
+def _said(address: str, site: str) -> str:
+    return f"地址：{address or '（没有）'}，网站：{site or '（没有）'}"
+
+
+def _write_all(address: str, site: str, root: Path) -> None:
+    texts = changes(address, root, site)
+    for path, text in texts.items():
+        write(path, text)
+    print(f"改动 {len(texts)} 个文件，{_said(address, site)}")
 
 
 def write(path: Path, text: str) -> None:
@@ -184,20 +226,24 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             case [] | ["-h" | "--help"]:
                 print(__doc__)
             case ["--check"]:
-                stale = changes(current_address(root), root)
+                address, site = current_address(root), current_site(root)
+                stale = changes(address, root, site)
                 for path in stale:
                     print(f"✗ {path.relative_to(root)} 不一致；请运行 python tools/stamp.py --refresh。")
                 if stale:
                     return 1
-                print(f"✓ {len(notebooks(root))} 本笔记一致，地址：{current_address(root) or '（没有）'}")
+                print(f"✓ {len(notebooks(root))} 本笔记一致，{_said(address, site)}")
+            case ["--remove"]:
+                _write_all("", "", root)
+            case ["--refresh"]:
+                _write_all(current_address(root), current_site(root), root)
             case [argument]:
-                choices = {"--remove": lambda: "", "--refresh": lambda: current_address(root)}
-                texts = changes(choices.get(argument, lambda: clean_address(argument))(), root)
-                for path, text in texts.items():
-                    write(path, text)
-                print(f"改动 {len(texts)} 个文件，地址：{current_address(root) or '（没有）'}")
+                address = clean_address(argument)
+                _write_all(address, pages(address), root)
+            case [argument, site] if not site.startswith("-"):
+                _write_all(clean_address(argument), clean_site(site), root)
             case many:
-                raise StampError(f"只能有一个参数，收到 {len(many)} 个；加 --help 看用法。")
+                raise StampError(f"只认得“地址”或“地址 网址”，收到 {len(many)} 个参数；加 --help 看用法。")
     except StampError as error:
         print(f"错误：{error}", file=sys.stderr)
         return 2
