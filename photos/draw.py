@@ -278,7 +278,7 @@ def _face(sharpness: float) -> np.ndarray:
 
 
 def first_picture(folder: Path) -> None:
-    """``faces.png``：按 ``python vanilla_vae.py`` 的缺省设置训练一遍，上面原图与重建，下面先验样本。
+    """``faces.png``：按 ``python vanilla_vae.py`` 的缺省设置训练一遍，上面原图与重建，下面抽样，先验是拟合的混合高斯（08 章）。
 
     训练的舍入随机器而异，所以这一张每台机器略有不同。
     """
@@ -288,14 +288,17 @@ def first_picture(folder: Path) -> None:
     from vaelab.checkpoint import load_model
     from vaelab.data import load
     from vaelab.images import to_float
+    from vaelab.prior import fit_prior
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as run:
         if cli.main(["train", "--out", run]):
             raise SystemExit("训练没有完成，图没有画。")
         model = load_model(run)
-    real = to_float(load("faces").test[:10])
-    samples = model.sample(20, generator=torch.Generator().manual_seed(0))
-    picture = plot.grid(torch.cat([real, model.generate(real), samples]), 10, row_labels=["原图", "重建", "先验样本", "先验样本"], cell=0.75)
+    faces = load("faces")
+    real, prior = to_float(faces.test[:10]), fit_prior(model, faces.train)
+    with torch.no_grad():
+        samples = model.eval().decode(prior.sample(20, torch.Generator().manual_seed(0)).float())
+    picture = plot.grid(torch.cat([real, model.generate(real), samples]), 10, row_labels=["原图", "重建", "抽样", "抽样"], cell=0.75)
     picture.savefig(folder / "faces.png", dpi=110)
 
 

@@ -1,6 +1,7 @@
 """练习的检查：每条诊断都有一个错答走到，说的正是那条；胡乱的作答不会通过，也不会让检查自己出错。"""
 
 import ast
+import functools
 import math
 from pathlib import Path
 
@@ -8,22 +9,45 @@ import numpy as np
 import pytest
 import torch
 
-from vaelab.check import compare, holds, verdict
+from vaelab import sandbox
+from vaelab.check import Verdict, compare, holds, verdict
 from vaelab.exercises import judging
-from vaelab.exercises.judging import KNOWN_WRONG, Wrong, all_checks, checker
+from vaelab.exercises.judging import KNOWN_WRONG, Wrong, all_checks
 
 CHECKS = all_checks()
 FILES = sorted(Path(judging.__file__).parent.glob("ch*.py"))
 NAN = float("nan")
 
 
+@functools.cache
+def judged(number: str, index: int) -> tuple[Verdict, dict[str, set[int]]]:
+    """错答判一次，两个测试共用：结论，与抛出 Wrong 时经过了哪些文件的哪些行。"""
+    passed: dict[str, set[int]] = {}
+
+    def watched(answer: object) -> None:
+        try:
+            check(answer)
+        except Wrong as error:
+            step = error.__traceback__
+            while step is not None:
+                passed.setdefault(step.tb_frame.f_code.co_filename, set()).add(step.tb_lineno)
+                step = step.tb_next
+            raise
+
+    check = CHECKS[number]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(CHECKS, number, watched)
+        patched.setattr(sandbox, "SECONDS", 2.0)  # 死循环的那一个不必等满
+        return verdict(number, KNOWN_WRONG[number][index][1]), passed
+
+
 @pytest.mark.parametrize(
-    ("number", "says", "answer"),
-    [(number, *mistake) for number, mistakes in KNOWN_WRONG.items() for mistake in mistakes],
+    ("number", "says", "index"),
+    [(number, says, index) for number, mistakes in KNOWN_WRONG.items() for index, (says, _) in enumerate(mistakes)],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_known_mistake_is_named(number, says, answer):
-    found = verdict(number, answer)
+def test_a_known_mistake_is_named(number, says, index):
+    found, _ = judged(number, index)
     assert found.status == "wrong" and says in found.message, found.message
 
 
@@ -41,25 +65,11 @@ def test_every_diagnosis_is_reached(path):
         line
         for number, mistakes in KNOWN_WRONG.items()
         if number.split(".")[0] == chapter
-        for _, answer in mistakes
-        for line in lines(number, answer, path)
+        for index in range(len(mistakes))
+        for line in judged(number, index)[1].get(str(path), ())
     }
     missed = {line: raises[line] for line in raises.keys() - reached}
     assert not missed, "\n".join(f"{path.name}:{line} {text}" for line, text in sorted(missed.items()))
-
-
-def lines(number: str, answer: object, path: Path) -> set[int]:
-    """检查抛出 Wrong 时经过 ``path`` 的哪些行。"""
-    try:
-        checker(number)(answer)
-    except Wrong as error:
-        found, step = set(), error.__traceback__
-        while step is not None:
-            if step.tb_frame.f_code.co_filename == str(path):
-                found.add(step.tb_lineno)
-            step = step.tb_next
-        return found
-    return set()
 
 
 def junk() -> list:

@@ -248,6 +248,7 @@ def test_training_leaves_its_mark_and_formulas_stay_clean():
         assert cell("for _ in range(2):\n losses.append(fit(net))")
         assert cell("z = net(x)") and cell("print(losses)") and cell("w = z.detach().numpy() * 2") and cell("print(w.sum())")
         assert cell("def later(): return {'k': [net]}") is False and cell("later()") and cell("[n for n in (net,)]")
+        assert not cell("@torch.no_grad()\ndef look(): return net(x)") and cell("seen = look()") and cell("print(seen)")  # 套着装饰器
         assert not cell("z = x * 2") and not cell("print(z)")  # 重新由公式算出
         assert not cell("[z for z in range(3)]\nfor w in range(2): print(w)")  # 名字相同，先写后读
         assert cell("best = fit(nn.Linear(3, 1))") and cell("print(best)")  # 模型没有留下来，数还是训练出来的

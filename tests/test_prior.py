@@ -82,8 +82,8 @@ def test_degenerate_codes_never_give_nan(z):
 
 def test_too_few_samples_fall_back_to_one_gaussian_and_nothing_is_refused():
     assert len(fit_mixture(known(40, 3).sample(60, torch.Generator().manual_seed(0))).weights) == 1
-    for wrong in (torch.zeros(0, 3), torch.tensor([[1.0, float("nan")]]), torch.zeros(3)):
-        with pytest.raises(ValueError, match="拟合先验要用有限的数"):
+    for wrong, said in ((torch.zeros(0, 3), "至少一行"), (torch.tensor([[1.0, float("nan")]]), "有 1 个不是"), (torch.zeros(3), "一行一个编码")):
+        with pytest.raises(ValueError, match=said):
             fit_mixture(wrong)
 
 
@@ -103,3 +103,15 @@ def test_what_is_fitted_are_samples_of_the_posterior(tmp_path):
     save_prior(tmp_path / "prior.pt", "这些权重", prior)
     assert torch.equal(load_prior(tmp_path / "prior.pt", "这些权重").log_prob(z), prior.log_prob(z))
     assert load_prior(tmp_path / "prior.pt", "别的权重") is None and load_prior(tmp_path / "没有", "这些权重") is None
+
+
+def test_a_mixture_that_is_none_gets_a_sentence():
+    weights, means = torch.tensor([0.5, 0.5], dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    covariances = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    with pytest.raises(ValueError, match=r"协方差 \[K, L, L\]，收到 \[2\]、\[2, 3\]、\[2, 2, 2\]"):
+        Mixture(weights, means, covariances[:, :2, :2])
+    empty = Mixture(2 * weights * torch.tensor([1, 0]), means, covariances.clone())  # 空的分量：抽不到，也不是 NaN
+    assert empty.log_prob(torch.zeros(4, 3)).isfinite().all() and empty.sample(5).isfinite().all()
+    covariances[1, 2, 2] = 0
+    with pytest.raises(ValueError, match="第 1 个分量的协方差不是正定的"):
+        Mixture(weights, means, covariances)

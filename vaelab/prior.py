@@ -49,7 +49,15 @@ class Mixture:
     factors: Tensor = field(init=False, repr=False)  # Σ = F Fᵀ，[K, L, L]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", torch.linalg.cholesky(self.covariances))
+        k, dim = self.means.shape if self.means.dim() == 2 else (-1, -1)
+        shapes = [list(each.shape) for each in (self.weights, self.means, self.covariances)]
+        if shapes != [[k], [k, dim], [k, dim, dim]]:
+            raise ValueError(f"混合高斯要权重 [K]、均值 [K, L]、协方差 [K, L, L]，收到 {shapes[0]}、{shapes[1]}、{shapes[2]}。")
+        factors, failed = torch.linalg.cholesky_ex(self.covariances)
+        if failed.any():
+            which = int(failed.nonzero()[0])
+            raise ValueError(f"第 {which} 个分量的协方差不是正定的（从 0 数）：有的方向方差是 0；请加上一个下限，或用 fit_mixture。")
+        object.__setattr__(self, "factors", factors)
 
     def log_joint(self, z: Tensor) -> Tensor:
         """log π_k N(z; m_k, Σ_k)，``[N, L]`` → ``[N, K]``，nat。"""
@@ -110,8 +118,10 @@ def fit_mixture(z: Tensor, seed: int = 0, components: tuple[int, ...] = COMPONEN
     多几个分量，留出的对数似然要高出一个标准误差才算数；一个分量至少要摊到 L + 1 个样本，否则连它的协方差也定不下来；样本太少时因此退到一个高斯。
     """
     z = z.detach().cpu().double()
-    if z.dim() != 2 or not z.numel() or not z.isfinite().all():
-        raise ValueError(f"拟合先验要用有限的数 [N, L]，收到 {list(z.shape)}，其中 {int((~z.isfinite()).sum())} 个不是有限的；请检查模型的权重。")
+    if z.dim() != 2 or not z.numel():
+        raise ValueError(f"拟合先验要用编码 [N, L]，收到 {list(z.shape)}；一行一个编码，至少一行。")
+    if not z.isfinite().all():
+        raise ValueError(f"拟合先验要用有限的数，收到的 {list(z.shape)} 里有 {int((~z.isfinite()).sum())} 个不是；请检查模型的权重。")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(z), generator=generator)
     held, kept = z[order[: len(z) // 5]], z[order[len(z) // 5 :]]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import base64
 import hashlib
+import inspect
 import json
 import platform
 import re
@@ -213,6 +214,7 @@ def _reach(names: set[str], namespace: dict) -> set[str]:
             continue
         found.add(name)
         value = namespace.get(name)
+        value = inspect.unwrap(value) if isinstance(value, types.FunctionType) else value  # @torch.no_grad() 里面那一个
         codes = [value.__code__] if isinstance(value, types.FunctionType) and value.__globals__ is namespace else []
         while codes:
             code = codes.pop()

@@ -105,7 +105,7 @@ def _information(theta: float, variance: float, which: float) -> float:
 @checks("8.2")
 def gap_after_a_rotation(answer: object) -> None:
     """转过 θ 再加噪声的编码，MIG 的分子。"""
-    for theta, variance in ((0.0, 1.0), (0.3, 0.5), (math.pi / 4, 0.2), (1.2, 0.1), (-0.5, 2.0), (2.5, 0.3)):
+    for theta, variance in ((0.3, 0.5), (math.pi / 4, 0.2), (1.2, 0.1), (-0.5, 2.0), (2.5, 0.3), (0.0, 1.0)):  # 0 在最后：漏了噪声的在那里除以零
         got = number(ask(answer, theta, variance))
         along, across = (_information(theta, variance, f(theta)) for f in (math.cos, math.sin))
         truth = abs(along - across)
@@ -126,6 +126,8 @@ def gap_after_a_rotation(answer: object) -> None:
             raise Wrong(f"{where}这是两维的互信息之和：间隙是相减。")
         if near(truth / math.log(2)):
             raise Wrong(f"{where}单位是比特：题目要 nat，用自然对数。")
+        if theta and near(abs(math.log(abs(math.tan(theta))))):
+            raise Wrong(f"{where}漏了噪声的方差：z₁ 的方差是 1 + s²。")
         noiseless = [-0.5 * math.log(max(1e-300, 1 - f(theta) ** 2 / (1 + variance**2))) for f in (math.cos, math.sin)]
         if near(abs(noiseless[0] - noiseless[1])):
             raise Wrong(f"{where}variance 已经是方差 s²，不要再平方。")
@@ -149,6 +151,7 @@ def _gap(rho2=lambda c, variance: c**2 / (1 + variance), combine=lambda a, b: ab
 
 known_wrong(
     "8.2",
+    ("漏了噪声的方差", _gap(lambda c, variance: c**2)),
     ("应交一个数", lambda theta, variance: (_gap()(theta, variance),) * 2),  # 每个因子一个
     ("得到负数", _gap(combine=lambda a, b: a - b)),
     ("大了 2 倍", _gap(combine=lambda a, b: 2 * abs(a - b))),
