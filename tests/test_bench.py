@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from vaelab.bench import speedrun
+from vaelab.bench import likelihood, speedrun
 from vaelab.bench.contest import Contest, ratio
 from vaelab.bench.recipes import CHANGES, Cost, Recipe, steps_of, times_faster
 from vaelab.bench.speedrun import final, timed, without_test
@@ -122,6 +122,27 @@ def test_validation_never_sees_the_test_set():
     assert torch.equal(torch.cat([held_out.train, held_out.test]), data.train)
 
 
+@pytest.mark.parametrize("name", sorted(likelihood.OUTPUTS))
+def test_a_likelihood_sums_to_one_over_the_levels(name):
+    """离散的加起来是 1；密度乘格宽，在格内积分也是；灰阶上的交叉熵不是。"""
+    out = torch.tensor([[0.4, -2.0, -1.0], [0.95, -4.0, 0.5], [0.5, -1.5, 0.1]], dtype=torch.float64)[:, : likelihood.OUTPUTS[name]]
+    levels = (
+        torch.arange(-20000.0, 20000.0, dtype=torch.float64) if "mass" not in name and name.startswith(("g", "l")) else torch.arange(256.0).double()
+    )
+    k, u = levels[:, None].expand(-1, 3), torch.full((len(levels), 3), 0.5, dtype=torch.float64)
+    total = likelihood.log_mass(name, k, out.expand(len(levels), *out.shape), torch.tensor(-2.0), u).exp().sum(0)
+    assert ((total - 1).abs() < 1e-4).all() == (name != "bernoulli") and (total < 128.1).all()
+
+
+def test_the_likelihood_bench_trains_and_packs():
+    images = load("faces", image_size=8, channels=1, count=200).train[:, 0]
+    lossless = likelihood.compressors(images[:100], images[100:])
+    assert 0 < lossless["lzma"] < 20 and 0 < lossless["left_neighbour"] < 20
+    models = [likelihood.train("logistic_mass", images.flatten(1), 0, steps=steps, hidden=8, latent=2) for steps in (1, 80)]
+    before, after = (likelihood.bits_per_pixel(model, "logistic_mass", images.flatten(1)) for model in models)
+    assert 0 < after < before
+
+
 def test_a_record_keeps_what_was_not_measured_again(tmp_path):
     path = write_record({"loop": {"ratio": {"median": 3.0}}, "data": {"ratio": {"median": 40.0}}}, tmp_path)
     assert write_record({"loop": {"ratio": {"median": 3.5}}}, tmp_path) == path
@@ -134,7 +155,7 @@ def test_a_record_keeps_what_was_not_measured_again(tmp_path):
 @pytest.mark.parametrize("record", read_records(), ids=lambda record: record["machine"]["gpu"] or record["machine"]["cpu"])
 def test_committed_records_say_where_when_and_with_what(record):
     assert {"machine", "date", "versions"} <= record.keys()
-    for section in ("loop", "data", "endtoend", "allocator", "epoch", "scale", "speedrun"):
+    for section in ("loop", "data", "endtoend", "allocator", "epoch", "scale", "speedrun", "likelihood"):
         if section in record:
             assert {"date", "versions"} <= record[section].keys()
     assert not any(word in json.dumps(record) for word in ("/tmp", "/home", "/root", "/work"))

@@ -8,6 +8,7 @@
 - ``epoch``：CelebA 那么大的一轮（CPU 上只走一万张），与搬运、运算定下的下限相比；两边同样的配方，比测试 ELBO。
 - ``scale``：速度与内存怎样随批大小、边长、宽度、图片数增长。
 - ``auto``：自动选的做法与通常的循环，几种模型、批大小、步数，准备的时间都算上；哪里反而慢，表里会说。
+- ``likelihood``：无损压缩器与十种似然的小 VAE，比特/像素（09 章）；``--root`` 指出 MNIST 在哪里，不写就用画的脸。
 - ``speedrun``：到达同样的测试 ELBO 要多久，一级一级的阶梯。
 
 ``--record`` 把结果并进 ``vaelab/records/`` 里这台机器的那一份，课程与 README 从那里读。
@@ -25,6 +26,7 @@ import torch
 from vaelab.bench.allocator import bench_allocator
 from vaelab.bench.auto import bench_auto
 from vaelab.bench.epoch import bench_epoch
+from vaelab.bench.likelihood import bench_likelihood
 from vaelab.bench.loop import bench_loop
 from vaelab.bench.pipeline import bench_data, bench_endtoend
 from vaelab.bench.scale import bench_scale
@@ -42,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         "epoch": lambda o: bench_epoch(162_770 if torch.cuda.is_available() else 10_000),
         "scale": lambda o: bench_scale(o.largest, o.folder),
         "auto": lambda o: bench_auto(o.rounds),
+        "likelihood": lambda o: bench_likelihood(o.root),
         "speedrun": lambda o: bench_speedrun(o.rounds, o.steps, o.search),
     }
     parser = argparse.ArgumentParser(prog="python -m vaelab.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=15, help="每轮的步数（默认 15）")
     parser.add_argument("--largest", type=int, default=6, help="scale 的图片数到 10 的几次方（默认 6；7 要 31 GB 磁盘）")
     parser.add_argument("--folder", help="scale 的大文件放在哪里（默认系统的临时文件夹）")
+    parser.add_argument("--root", help="likelihood 用的 MNIST 所在的文件夹（torchvision 的布局）；不写就用 32×32 的灰度脸")
     parser.add_argument(
         "--search",
         action="store_true",
