@@ -53,6 +53,7 @@ LABELS = {
 }  # fmt: skip
 START = (0.78, 0.07, 0.62, 0.5, 0.5, 0.6, 0.5, 0.5, 0.72, 0.6, 0.5, 0.56)  # 开头的脸
 POSITIONS = [round(-3 + step / 2, 1) for step in range(13)]  # 帧里旋钮的位置
+WALK = (7, 48, 27, 69, 14, 62)  # 走直线用的测试图，头两张是开头的起点与终点
 BATCH = 16  # 网页上每一种先验画几张
 BINS = 20  # 量“一个旋钮有几成随一个因子变”时，因子分几格
 
@@ -82,12 +83,15 @@ def export(run: Path, folder: Path = DATA) -> None:
     result = evaluate(model, faces.test)
     tensors = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
     tensors |= {f"prior.{name}": getattr(prior, name) for name in ("weights", "means", "factors")}
-    chosen = faces.test_factors[[3, 8, 14, 25, 41, 77]]
+    chosen = faces.test_factors[list(WALK)]
     with torch.no_grad():
         mu = model.encode(to_float(faces.train))[0]
         (start, *walk) = model.encode(to_float(draw_faces(torch.cat([torch.tensor([START]), chosen]))))[0]
     generator = torch.Generator().manual_seed(0)
     drawn = {"prior": torch.randn(BATCH, model.latent_dim, generator=generator), "fitted": prior.sample(BATCH, generator)}
+    measured = {"prior": torch.randn(500, model.latent_dim, generator=generator), "fitted": prior.sample(500, generator)}
+    with torch.no_grad():
+        measured["rebuilt"] = model.encode(to_float(faces.test[:500]))[0]
     manifest = {
         "model": model_args(model),
         "training": {"command": "python vanilla_vae.py", "torch": torch.__version__.split("+")[0], **_settings(load_checkpoint(run))},
@@ -97,6 +101,7 @@ def export(run: Path, folder: Path = DATA) -> None:
         "positions": POSITIONS,
         "start": {"factors": list(START), "z": _rounded(start)},
         "faces": [{"factors": _rounded(row), "z": _rounded(z)} for row, z in zip(chosen, walk)],
+        "distance": {name: round(nearest(model, z, faces.train), 4) for name, z in measured.items()},
         "samples": {name: [_rounded(row) for row in z] for name, z in drawn.items()},
         "tensors": {},
     }
@@ -141,6 +146,13 @@ def knobs(mu: Tensor, factors: Tensor, kld: Tensor) -> list[dict]:
         row = {"latent": j, "kld": round(float(kld[j]), 2), "active": bool(mu[:, j].var() > 0.01), "std": round(float(mu[:, j].std()), 3)}
         rows.append({**row, "factor": FACE_FACTORS[best], "share": round(float(share[j, best]), 2)})
     return rows
+
+
+def nearest(model: VanillaVAE, z: Tensor, images: Tensor) -> float:
+    """由 ``z`` 解码的图到最近一张训练图的 MSE（[-1, 1] 坐标，每个数），取平均。"""
+    with torch.no_grad():
+        drawn, known = model.decode(z).flatten(1), to_float(images).flatten(1)
+        return float(torch.cdist(drawn, known).amin(1).square().mean() / drawn.shape[1])
 
 
 # ---------------------------------------------------------------- 用数据
