@@ -27,6 +27,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,11 @@ from vaelab import plot  # noqa: E402
 from vaelab.data import load as load_data  # noqa: E402
 from vaelab.evaluate import evaluate  # noqa: E402
 from vaelab.faces import FACE_FACTORS, draw_faces  # noqa: E402
-from vaelab.images import to_float, to_uint8  # noqa: E402
+from vaelab.images import ImageSet, to_float, to_uint8  # noqa: E402
 from vaelab.prior import Mixture, fit_prior  # noqa: E402
 from vanilla_vae import VanillaVAE  # noqa: E402
 
-PAGE, DATA = ROOT / "tools/explorer", ROOT / "photos/explorer"
+PAGE, DATA, PICTURE = ROOT / "tools/explorer", ROOT / "photos/explorer", ROOT / "photos/explorer.webp"
 PARTS = {"weights.bin": ("decoder", "final_layer", "prior"), "encoder.bin": ("encoder", "fc_mu", "fc_var")}
 LABELS = {
     "skin": "肤色", "hair_hue": "发色", "hair_length": "发长", "face_width": "脸宽", "eye_gap": "眼距", "eye_size": "眼睛",
@@ -53,7 +54,7 @@ LABELS = {
 }  # fmt: skip
 START = (0.78, 0.07, 0.62, 0.5, 0.5, 0.6, 0.5, 0.5, 0.72, 0.6, 0.5, 0.56)  # 开头的脸
 POSITIONS = [round(-3 + step / 2, 1) for step in range(13)]  # 帧里旋钮的位置
-WALK = (7, 48, 27, 69, 14, 62)  # 走直线用的测试图，头两张是开头的起点与终点
+WALK = (7, 94, 0, 62, 14, 69)  # 走直线用的测试图，头两张是开头的起点与终点
 BATCH = 16  # 网页上每一种先验画几张
 BINS = 20  # 量“一个旋钮有几成随一个因子变”时，因子分几格
 
@@ -92,6 +93,7 @@ def export(run: Path, folder: Path = DATA) -> None:
     measured = {"prior": torch.randn(500, model.latent_dim, generator=generator), "fitted": prior.sample(500, generator)}
     with torch.no_grad():
         measured["rebuilt"] = model.encode(to_float(faces.test[:500]))[0]
+        measured = {name: nearest(model.decode(z), faces.train) for name, z in measured.items()}
     manifest = {
         "model": model_args(model),
         "training": {"command": "python vanilla_vae.py", "torch": torch.__version__.split("+")[0], **_settings(load_checkpoint(run))},
@@ -101,7 +103,8 @@ def export(run: Path, folder: Path = DATA) -> None:
         "positions": POSITIONS,
         "start": {"factors": list(START), "z": _rounded(start)},
         "faces": [{"factors": _rounded(row), "z": _rounded(z)} for row, z in zip(chosen, walk)],
-        "distance": {name: round(nearest(model, z, faces.train), 4) for name, z in measured.items()},
+        "distance": {name: round(value, 4) for name, value in measured.items()},
+        "midway": {name: round(value, 4) for name, value in midway(model, faces).items()},
         "samples": {name: [_rounded(row) for row in z] for name, z in drawn.items()},
         "tensors": {},
     }
@@ -148,11 +151,19 @@ def knobs(mu: Tensor, factors: Tensor, kld: Tensor) -> list[dict]:
     return rows
 
 
-def nearest(model: VanillaVAE, z: Tensor, images: Tensor) -> float:
-    """由 ``z`` 解码的图到最近一张训练图的 MSE（[-1, 1] 坐标，每个数），取平均。"""
-    with torch.no_grad():
-        drawn, known = model.decode(z).flatten(1), to_float(images).flatten(1)
-        return float(torch.cdist(drawn, known).amin(1).square().mean() / drawn.shape[1])
+@torch.no_grad()
+def nearest(images: Tensor, known: Tensor) -> float:
+    """[-1, 1] 的浮点图到最近一张训练图（uint8）的 MSE，取平均。"""
+    images = images.flatten(1)
+    return float(torch.cdist(images, to_float(known).flatten(1)).amin(1).square().mean() / images.shape[1])
+
+
+@torch.no_grad()
+def midway(model: VanillaVAE, faces: ImageSet) -> dict[str, float]:
+    """三百对测试脸的半路上，离最近的训练脸有多远：在隐变量里取中点，与把像素平均。"""
+    first, second = to_float(faces.test[:300]), to_float(faces.test[300:600])
+    middle = model.decode((model.encode(first)[0] + model.encode(second)[0]) / 2)
+    return {"latent": nearest(middle, faces.train), "pixels": nearest((first + second) / 2, faces.train)}
 
 
 # ---------------------------------------------------------------- 用数据
@@ -186,7 +197,9 @@ def sample_codes(manifest: dict) -> Tensor:
     """``samples.webp`` 里各帧的隐变量：走直线的 13 张，先验的、拟合的先验的各 16 张，开头的脸。"""
     a, b = (torch.tensor(manifest["faces"][i]["z"]) for i in (0, 1))
     t = torch.linspace(0, 1, len(manifest["positions"]))[:, None]
-    return torch.cat([a + t * (b - a), *(torch.tensor(manifest["samples"][name]) for name in ("prior", "fitted")), torch.tensor([manifest["start"]["z"]])])
+    return torch.cat(
+        [a + t * (b - a), *(torch.tensor(manifest["samples"][name]) for name in ("prior", "fitted")), torch.tensor([manifest["start"]["z"]])]
+    )
 
 
 def decode(model: VanillaVAE, z: Tensor) -> Tensor:
@@ -201,6 +214,84 @@ def draw_frames(folder: Path = DATA, quality: int = 62) -> None:
     for file, z in (("frames.webp", frame_codes(manifest)), ("samples.webp", sample_codes(manifest))):
         sheet = plot.tile(decode(model, z), len(POSITIONS), gap=0)
         Image.fromarray(sheet).save(folder / file, quality=quality, method=6)
+
+
+# ---------------------------------------------------------------- README 的动图
+
+PAPER, CARD, INK, GROOVE, TRUE, LEARNED = "#FAF7F1", "#FFFFFF", "#23201B", "#E9E2D5", "#A8490A", "#0B62A3"
+STEPS = 54  # 一圈几帧
+
+
+def journey() -> Tensor:
+    """动图走的路：因子 [STEPS, 12]，首尾相接。两个色相各绕一圈，其余的来回摆，先后错开。"""
+    t = torch.arange(STEPS) / STEPS
+    factors = torch.tensor(START).repeat(STEPS, 1)
+    for i, name in enumerate(FACE_FACTORS):
+        if name in ("hair_hue", "background"):
+            factors[:, i] = (factors[:, i] + (t if name == "hair_hue" else -t)) % 1
+        else:
+            laps = 1 + i % 2
+            factors[:, i] = 0.5 + 0.44 * torch.sin(2 * math.pi * (laps * t + i * 0.137))
+    return factors
+
+
+def draw_animation(path: Path = PICTURE, quality: int = 36) -> None:
+    """``photos/explorer.webp``：转真的旋钮，学到的旋钮跟着转。"""
+    model, _, manifest = load()
+    factors = journey()
+    real = draw_faces(factors)
+    with torch.no_grad():
+        z = model.encode(to_float(real))[0][:, [knob["latent"] for knob in manifest["knobs"]]]
+        rebuilt = model.generate(to_float(real))
+    used = sum(knob["kld"] >= 0.1 for knob in manifest["knobs"])
+    frames = [_scene(*each, used) for each in zip(real, to_uint8(rebuilt), factors, z)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=130, loop=0, quality=quality, method=4)
+
+
+def _scene(real: Tensor, rebuilt: Tensor, factors: Tensor, z: Tensor, used: int) -> Image.Image:
+    """动图的一帧：左边公式画的脸与真的旋钮，右边 VAE 画的脸与用上了的旋钮。先画两倍大，再缩小，边缘就光滑。"""
+    width, height, face = 1440, 568, 272
+    image = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(image)
+    sides = (
+        (30, "真的旋钮：画脸的公式", TRUE, real, factors * 2 - 1, list(LABELS.values())),
+        (width // 2 + 15, "学到的旋钮：VAE", LEARNED, rebuilt, z[:used] / 3, [str(row + 1) for row in range(used)]),
+    )
+    for left, title, color, pixels, values, names in sides:
+        pen.rounded_rectangle((left, 24, left + width // 2 - 45, height - 24), 28, CARD, GROOVE, 3)
+        pen.text((left + 30, 40), title, color, _font(32))
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((face, face), Image.Resampling.BICUBIC)
+        image.paste(picture, (left + 30, 98))
+        pen.rectangle((left + 27, 95, left + 32 + face, 100 + face), outline=color, width=5)
+        for place, (value, name) in enumerate(zip(values.tolist(), names)):
+            # 脸的右边三列两行，其余的在下面一行六个
+            column, row = (place % 3, place // 3) if place < 6 else (place - 6, 2)
+            x = left + 385 + 108 * column if row < 2 else left + 78 + 103 * column
+            _dial(pen, x, (152, 282, 442)[row], value, color)
+            pen.text((x, (152, 282, 442)[row] + 46), name, INK, _font(24), anchor="ma")
+    return image.resize((640, 640 * height // width), Image.Resampling.LANCZOS)
+
+
+def _dial(pen: ImageDraw.ImageDraw, x: float, y: float, value: float, color: str, radius: int = 40) -> None:
+    """一个旋钮：``value`` 在 −1 与 1 之间，0 指着正上方，转满是左右各 135 度。"""
+    angle = 135 * max(-1.0, min(1.0, value)) - 90  # PIL 的角度从右边起，顺时针
+    box = (x - radius, y - radius, x + radius, y + radius)
+    pen.arc(box, 135, 405, GROOVE, 10)
+    pen.arc(box, min(angle, -90), max(angle, -90), color, 10)
+    pen.ellipse((x - 26, y - 26, x + 26, y + 26), PAPER, GROOVE, 2)
+    tip = (x + 22 * math.cos(math.radians(angle)), y + 22 * math.sin(math.radians(angle)))
+    pen.line((x, y, *tip), color, 6)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    from matplotlib import font_manager
+
+    plot.use_chinese_font()
+    return ImageFont.truetype(font_manager.findfont("Noto Sans SC"), size)
+
+
+# ---------------------------------------------------------------- 拼成一个文件夹
 
 
 def assemble(folder: Path) -> Path:
@@ -238,7 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 train(Path(made))
             export(given.run or Path(made))
     draw_frames()
-    for path in sorted(DATA.iterdir()):
+    draw_animation()
+    for path in [*sorted(DATA.iterdir()), PICTURE]:
         print(f"{path.name}  {path.stat().st_size:,} 字节")
     return 0
 

@@ -226,6 +226,8 @@ function makeDials() {
   if (idle) $("#idle").textContent = `有 ${idle} 个旋钮几乎没有用上：它们带的信息抵不过 KL 那一项的价钱。`;
   const { prior, fitted, rebuilt } = manifest.distance;
   $("#distance").textContent = `到最近一张训练脸的 MSE，前者平均 ${prior.toFixed(3)}，后者 ${fitted.toFixed(3)}；测试图的重建是 ${rebuilt.toFixed(3)}。`;
+  const { latent, pixels } = manifest.midway;
+  $("#midway").textContent = `三百对测试脸的半路上，到最近一张训练脸的 MSE：前者平均 ${latent.toFixed(3)}，后者 ${pixels.toFixed(3)}。`;
   for (const { face } of [...real, ...learned]) face.addEventListener("focus", begin);
 }
 
