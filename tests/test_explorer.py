@@ -83,7 +83,9 @@ def test_the_decoder_in_javascript_agrees_with_torch(trained):
             1000 * torch.eye(model.latent_dim)[:2],
         ]
     )
-    body = "const network = loaded(given); return given.z.map((z) => { const x = network.decode(z); return [Array.from(x), Array.from(toPixels(x))]; });"
+    body = (
+        "const network = loaded(given); return given.z.map((z) => { const x = network.decode(z); return [Array.from(x), Array.from(toPixels(x))]; });"
+    )
     came = javascript(body, {"z": z.tolist()})
     with torch.no_grad():
         expected = model.decode(z)
@@ -99,9 +101,7 @@ def test_the_encoder_in_javascript_agrees_with_torch(trained):
     model, _, _ = trained
     factors = torch.rand(16, len(FACE_FACTORS), generator=torch.Generator().manual_seed(1))
     images = torch.cat([draw_faces(factors), torch.randint(256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)])
-    came = javascript(
-        "const network = loaded(given); return given.x.map((x) => Array.from(network.encode(x)));", {"x": images.flatten(1).tolist()}
-    )
+    came = javascript("const network = loaded(given); return given.x.map((x) => Array.from(network.encode(x)));", {"x": images.flatten(1).tolist()})
     with torch.no_grad():
         mu = model.encode(to_float(images))[0]
     assert (torch.tensor(came) - mu).abs().max() < 1e-4 and mu.std() > 0.3
@@ -202,7 +202,9 @@ def test_without_javascript_there_is_a_picture_and_a_sentence(site):
 
 
 def luminance(color: str) -> float:
-    linear = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))]
+    linear = [
+        value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -293,6 +295,11 @@ def pixels(page, selector: str) -> list:
     return page.evaluate(f"Array.from(document.querySelector('{selector}').getContext('2d').getImageData(0, 0, 64, 64).data)")
 
 
+def settle(page) -> None:
+    """等到排着队的重画画完。"""
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 def test_dragging_turns_both_faces(visit, address, trained):
     """拖一个真的旋钮：左边的脸照公式变，右边的脸是它的重建，学到的旋钮跟着转。"""
     page = visit(address)
@@ -305,8 +312,8 @@ def test_dragging_turns_both_faces(visit, address, trained):
     page.mouse.down()
     page.mouse.move(box["x"] + 110, box["y"] + 30, steps=4)
     page.mouse.up()
-    page.wait_for_function("network && !pending.size")
-    page.wait_for_timeout(50)
+    page.wait_for_function("arrived.size === 2")
+    settle(page)
     assert float(knob.get_attribute("aria-valuenow")) == pytest.approx(factors[1] + 0.5, abs=0.02)
     assert pixels(page, "#real-face") != left and pixels(page, "#vae-face") != right
     z = torch.tensor([list(page.evaluate("Array.from(z)"))])
@@ -325,7 +332,7 @@ def test_the_keyboard_is_enough(visit, address):
     values = []
     for key in ("ArrowRight", "ArrowLeft", "ArrowLeft", "PageUp", "Home", "End"):
         page.keyboard.press(key)
-        page.wait_for_timeout(60)
+        settle(page)
         values.append(float(knob.get_attribute("aria-valuenow")) - before)
     assert values[:4] == pytest.approx([0.2, 0, -0.2, 0.8], abs=0.02) and values[4:] == pytest.approx([-3 - before, 3 - before], abs=0.02)
     assert pixels(page, "#vae-face") != face
@@ -341,16 +348,16 @@ def test_samples_and_the_walk(visit, address):
     assert len({tuple(pixels(page, f"#{name} button:nth-child({i}) canvas")) for name in ("prior", "fitted") for i in range(1, 17)}) == 32
     first = pixels(page, "#fitted canvas")
     page.click("#again")
-    page.wait_for_function("network && manifest.samples.fitted[15].length && document.querySelectorAll('#fitted canvas').length")
-    page.wait_for_timeout(1500)
+    page.wait_for_selector("#again:disabled")
+    page.wait_for_selector("#again:enabled")
     assert pixels(page, "#fitted canvas") != first
     page.click("#prior button")
-    page.wait_for_timeout(100)
+    settle(page)
     assert page.evaluate("Array.from(z).every((value, i) => Math.abs(value - manifest.samples.prior[0][i]) < 1e-5)")
     middle = pixels(page, "#straight")
     page.locator("#t").focus()
     page.keyboard.press("Home")
-    page.wait_for_timeout(100)
+    settle(page)
     assert pixels(page, "#straight") != middle and page.locator("#where").inner_text() == "0%"
     assert pixels(page, "#blend") == pixels(page, "#from canvas")
     page.click("#to")
@@ -368,10 +375,10 @@ def test_without_weights_the_frames_still_turn(visit, address):
     knob.focus()
     page.keyboard.press("End")
     page.wait_for_function("document.querySelector('#status').textContent.includes('没有取到')")
-    page.wait_for_timeout(60)
+    settle(page)
     right = pixels(page, "#vae-face")
     page.keyboard.press("Home")
-    page.wait_for_timeout(60)
+    settle(page)
     assert len({tuple(each) for each in (face, right, pixels(page, "#vae-face"))}) == 3
 
 
@@ -379,7 +386,7 @@ def test_a_double_click_on_the_file_is_enough(visit, site):
     page = visit((site / "index.html").as_uri())
     page.locator("#learned .face").first.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("network")
+    page.wait_for_function("arrived.size === 1")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

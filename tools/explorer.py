@@ -10,7 +10,8 @@
 
   manifest.json   模型的设置、成绩，各旋钮的 KL 与它最像的因子，几组现成的隐变量，张量在下面两个文件里的位置
   weights.bin     解码器与拟合的先验，float16，一个接一个
-  encoder.bin     编码器
+  encoder.bin     编码器，到 μ 为止
+  spread.bin      编码器里给出 log_var 的一层，网页用不到
   frames.webp     一行一个旋钮，从左到右由 −3 转到 3，其余的停在开头那张脸的位置
   samples.webp    走直线的 13 张，先验的样本、拟合的先验的样本各 16 张，开头的脸
 
@@ -47,7 +48,7 @@ from vaelab.prior import Mixture, fit_prior  # noqa: E402
 from vanilla_vae import VanillaVAE  # noqa: E402
 
 PAGE, DATA, PICTURE = ROOT / "tools/explorer", ROOT / "photos/explorer", ROOT / "photos/explorer.webp"
-PARTS = {"weights.bin": ("decoder", "final_layer", "prior"), "encoder.bin": ("encoder", "fc_mu", "fc_var")}
+PARTS = {"weights.bin": ("decoder", "final_layer", "prior"), "encoder.bin": ("encoder", "fc_mu"), "spread.bin": ("fc_var",)}
 LABELS = {
     "skin": "肤色", "hair_hue": "发色", "hair_length": "发长", "face_width": "脸宽", "eye_gap": "眼距", "eye_size": "眼睛",
     "gaze": "目光", "brow": "眉毛", "mouth_curve": "嘴角", "mouth_width": "嘴宽", "pose": "转头", "background": "背景",

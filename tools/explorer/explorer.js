@@ -110,30 +110,32 @@ class Dial {
 
 // ---------------------------------------------------------------- 开场
 
-let manifest, frames, samples, network, dials, loading;
+let manifest, frames, samples, network, dials;
 let factors, z; // 现在的十二个因子、十六个隐变量
 let before; // 这一次动手之前的 z，用来看哪些旋钮跟着动了
-const state = { last: null }; // 网络来之前，转着的是哪个旋钮
+let last = null; // 最近转的是什么：学到的第几个旋钮，或 "factors"；什么也没动是 null
 
-/** 第一次动手时取网络；取到之前画面用帧。取不到只说一句话，帧照用。 */
-function need() {
-  loading ??= (async () => {
-    $("#status").textContent = "正在取网络……画面先用算好的帧。";
-    const arrived = new Network(manifest.model);
-    try {
-      const parts = await Promise.all(Object.entries(manifest.tensors).map(async ([file, entries]) => readTensors(await take(file), entries)));
-      parts.forEach((tensors) => arrived.add(tensors));
-    } catch {
-      $("#status").textContent = "网络没有取到：旋钮仍能转，画面用算好的帧，一次只看一个；刷新页面可以再试。";
-      return null;
-    }
-    $("#status").textContent = "网络到了，每一帧都在这里现算。";
-    network = arrived;
-    if (state.last === "factors") followFace();
-    draw();
-    return network;
-  })();
-  return loading;
+const DECODER = "weights.bin", ENCODER = "encoder.bin";
+const arriving = {}, arrived = new Set();
+
+/** 动手时才取网络的文件；取到之前画面用帧。返回都取到没有：取不到只说一句话，帧照用。 */
+async function need(...files) {
+  if (files.every((file) => arrived.has(file))) return true;
+  $("#status").textContent = "正在取网络……画面先用算好的帧。";
+  try {
+    await Promise.all(files.map((file) => (arriving[file] ??= fetchWeights(file))));
+  } catch {
+    $("#status").textContent = "网络没有取到：旋钮仍能转，画面用算好的帧，一次只看一个；刷新页面可以再试。";
+    return false;
+  }
+  $("#status").textContent = "网络到了，每一帧都在这里现算。";
+  soon(draw);
+  return true;
+}
+
+async function fetchWeights(file) {
+  network.add(readTensors(await take(file), manifest.tensors[file]));
+  arrived.add(file);
 }
 
 function begin() {
@@ -153,57 +155,55 @@ function soon(work) {
   pending.add(work);
 }
 
-function followFace() {
-  z = network.encode(drawFace(factors));
-}
-
 const percent = (value) => `${Math.round(100 * value)}%`;
 
 /** 两张脸与全部旋钮，照现在的 factors 与 z 画一遍。 */
 function draw() {
-  const [left, right] = [$("#real-face"), $("#vae-face")];
-  if (network && state.last === "factors") followFace();
-  show(left, drawFace(factors));
-  left.setAttribute("aria-label", `公式画的脸：${manifest.factors.map(({ label }, i) => `${label} ${percent(factors[i])}`).join("，")}`);
-  if (network) {
-    show(right, toPixels(network.decode(z)));
-  } else if (state.last === null || state.last === "factors") {
-    showFrame(right, samples, samples.index.start, manifest.positions.length);
+  const face = drawFace(factors), columns = manifest.positions.length;
+  const still = last === null || last === "factors"; // 没有网络时，右边停在开头的脸
+  if (last === "factors" && arrived.has(ENCODER)) z = network.encode(face);
+  show($("#real-face"), face);
+  if (arrived.has(DECODER)) {
+    show($("#vae-face"), toPixels(network.decode(z)));
+  } else if (still) {
+    showFrame($("#vae-face"), samples, samples.index.start, columns);
   } else {
-    const nearest = Math.round((z[manifest.knobs[state.last].latent] - manifest.positions[0]) / (manifest.positions[1] - manifest.positions[0]));
-    showFrame(right, frames, state.last * manifest.positions.length + clip(nearest, 0, manifest.positions.length - 1), manifest.positions.length);
+    const column = Math.round((z[manifest.knobs[last].latent] + BIG) / (manifest.positions[1] - manifest.positions[0]));
+    showFrame($("#vae-face"), frames, last * columns + clip(column, 0, columns - 1), columns);
   }
-  const shown = network || state.last === null || state.last === "factors" ? manifest.knobs.slice(0, 6).map((_, i) => i) : [state.last];
-  right.setAttribute("aria-label", `VAE 画的脸：${shown.map((i) => `旋钮 ${i + 1} 在 ${z[manifest.knobs[i].latent].toFixed(1)}`).join("，")}`);
+  const told = still ? [0, 1, 2, 3, 4, 5] : [last];
+  const words = told.map((row) => `旋钮 ${row + 1} 在 ${z[manifest.knobs[row].latent].toFixed(1)}`);
+  $("#vae-face").setAttribute("aria-label", `VAE 画的脸：${words.join("，")}`);
+  $("#real-face").setAttribute("aria-label", `公式画的脸：${manifest.factors.map(({ label }, i) => `${label} ${percent(factors[i])}`).join("，")}`);
   dials.factors.forEach((dial, i) => dial.set(factors[i]));
   dials.learned.forEach((dial, i) => {
     const j = manifest.knobs[i].latent;
     dial.set(z[j]);
-    const moved = state.last === "factors" ? clip(Math.abs(z[j] - before[j]) - 0.15, 0, 1) : 0;
+    const moved = last === "factors" ? clip(Math.abs(z[j] - before[j]) - 0.15, 0, 1) : 0;
     dial.element.style.setProperty("--moved", moved.toFixed(2));
   });
 }
 
 function turnFactor(i, value) {
   factors[i] = value;
-  state.last = "factors";
-  need();
+  last = "factors";
+  need(DECODER, ENCODER);
   soon(draw);
 }
 
 function turnKnob(row, value) {
-  if (!network && state.last !== row) z = Float32Array.from(manifest.start.z); // 帧只转一个旋钮，其余停在开头
+  if (!arrived.has(DECODER) && last !== row) z = Float32Array.from(manifest.start.z); // 帧只转一个旋钮，其余停在开头
   z[manifest.knobs[row].latent] = value;
-  state.last = row;
-  need();
+  last = row;
+  need(DECODER);
   soon(draw);
 }
 
 /** 把一组隐变量拧到旋钮上。 */
 async function setKnobs(values) {
-  if (!(await need())) return;
+  if (!(await need(DECODER))) return;
   z = Float32Array.from(values);
-  state.last = 0;
+  last = 0;
   draw();
 }
 
@@ -234,7 +234,7 @@ function makeDials() {
 function home() {
   factors = [...manifest.start.factors];
   z = Float32Array.from(manifest.start.z);
-  state.last = null;
+  last = null;
   begin();
   draw();
 }
@@ -264,7 +264,8 @@ function makeTiles() {
 }
 
 async function drawAgain() {
-  if (!(await need())) return;
+  if (!(await need(DECODER))) return;
+  $("#again").disabled = true;
   for (const name of ["prior", "fitted"]) {
     const tiles = $(`#${name}`).querySelectorAll("canvas");
     for (let i = 0; i < tiles.length; i++) {
@@ -274,6 +275,7 @@ async function drawAgain() {
       if (i % 2) await new Promise(requestAnimationFrame); // 让页面喘口气
     }
   }
+  $("#again").disabled = false;
 }
 
 // ---------------------------------------------------------------- 走直线
@@ -287,7 +289,7 @@ function drawWalk() {
   show($("#from canvas"), from);
   show($("#to canvas"), to);
   show($("#blend"), from.map((v, i) => Math.round(v + t * (to[i] - v))));
-  if (network) show($("#straight"), toPixels(network.decode(a.z.map((v, i) => v + t * (b.z[i] - v)))));
+  if (arrived.has(DECODER)) show($("#straight"), toPixels(network.decode(a.z.map((v, i) => v + t * (b.z[i] - v)))));
   else showFrame($("#straight"), samples, samples.index.walk + Math.round(t * (manifest.positions.length - 1)), manifest.positions.length);
   $("#where").textContent = percent(t);
   $("#straight").setAttribute("aria-label", `隐变量里走了 ${percent(t)}：仍是一张脸`);
@@ -295,7 +297,7 @@ function drawWalk() {
 }
 
 async function changeEnd(which) {
-  if (!(await need())) return;
+  if (!(await need(DECODER))) return;
   do ends[which] = (ends[which] + 1) % manifest.faces.length;
   while (ends[0] === ends[1]);
   drawWalk();
@@ -324,6 +326,7 @@ async function start() {
   const [text, ...sheets] = await Promise.all([take("manifest.json"), picture("frames.webp"), picture("samples.webp")]);
   manifest = JSON.parse(new TextDecoder().decode(text));
   [frames, samples] = sheets;
+  network = new Network(manifest.model);
   const walk = manifest.positions.length, count = manifest.samples.prior.length;
   samples.index = { walk: 0, prior: walk, fitted: walk + count, start: walk + 2 * count };
   makeDials();
@@ -334,8 +337,8 @@ async function start() {
   $("#random").addEventListener("click", () => {
     begin();
     factors = factors.map(Math.random);
-    state.last = "factors";
-    need();
+    last = "factors";
+    need(DECODER, ENCODER);
     draw();
   });
   $("#reset").addEventListener("click", home);
@@ -345,7 +348,7 @@ async function start() {
   $("#play").addEventListener("click", () => play(!playing));
   $("#t").addEventListener("input", () => {
     play(false);
-    need().then(drawWalk);
+    need(DECODER).then(drawWalk);
     soon(drawWalk);
   });
 }
