@@ -72,12 +72,14 @@ class Dial {
     this.face.addEventListener("dblclick", () => this.turn(this.rest));
   }
 
-  /** 只摆到 value，不通知。 */
-  set(value) {
-    this.value = clip(value, this.low, this.high);
+  /** 只摆到 value，不通知；moved 在 0 与 1 之间，是它跟着动了多少，画成一圈晕。 */
+  set(value, moved = 0) {
+    value = clip(value, this.low, this.high);
+    if (value === this.value && moved === this.moved) return; // 没有变的不碰，省去重画
+    Object.assign(this, { value, moved });
     const angle = (v) => -135 + (270 * (v - this.low)) / (this.high - this.low); // 转满是 270 度，正上方是中点
     const [a, b] = [angle(this.rest), angle(this.value)].sort((x, y) => x - y);
-    this.face.style.cssText = `--turn: ${angle(this.value)}deg; --from: ${a}deg; --span: ${b - a}deg`;
+    this.face.style.cssText = `--turn: ${angle(this.value)}deg; --from: ${a}deg; --span: ${b - a}deg; --moved: ${moved.toFixed(2)}`;
     this.face.setAttribute("aria-valuenow", this.value.toFixed(2));
     this.face.setAttribute("aria-valuetext", this.value.toFixed(2).replace("-", "负 "));
   }
@@ -178,9 +180,7 @@ function draw() {
   dials.factors.forEach((dial, i) => dial.set(factors[i]));
   dials.learned.forEach((dial, i) => {
     const j = manifest.knobs[i].latent;
-    dial.set(z[j]);
-    const moved = last === "factors" ? clip(Math.abs(z[j] - before[j]) - 0.15, 0, 1) : 0;
-    dial.element.style.setProperty("--moved", moved.toFixed(2));
+    dial.set(z[j], last === "factors" ? clip(Math.abs(z[j] - before[j]) - 0.15, 0, 1) : 0);
   });
 }
 

@@ -133,5 +133,5 @@ function drawFace(factors, size = 64) {
     return sub(div(Math.abs(off), root(add(mul(slope, slope), 1))), 0.034);
   };
   paint(both(lips, (x) => sub(Math.abs(sub(x, turn)), half)), [0.66, 0.18, 0.2], low);
-  return Uint8Array.from(canvas, (v) => add(mul(clip(v, 0, 1), 255), 0.5));
+  return Uint8Array.from(canvas.map((v) => add(mul(clip(v, 0, 1), 255), 0.5))); // 取整是截去小数
 }

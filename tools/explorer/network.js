@@ -132,7 +132,7 @@ class Network {
   /** 图像 uint8 [C, H, W] → mu（L 个数）。 */
   encode(pixels) {
     let n = this.model.image_size;
-    let x = Float64Array.from(pixels, (v) => v / 127.5 - 1);
+    let x = Float64Array.from(pixels).map((v) => v / 127.5 - 1);
     for (let level = 0; level < this.model.hidden_dims.length; level++, n /= 2) {
       x = this.normalize(conv(x, n, ...this.weights(`encoder.${level}.0`), 2), `encoder.${level}.1`);
     }
@@ -149,7 +149,9 @@ class Network {
   }
 }
 
-/** 图像 (−1, 1) → uint8，四舍五入（逢半取偶，与 torch.round 相同）。 */
+/** 图像 (−1, 1) → uint8，四舍五入，逢半取偶，与 torch.round 相同：Uint8ClampedArray 存数时自己就这样做，并截在 [0, 255]。 */
 function toPixels(image) {
-  return Uint8ClampedArray.from(image, (v) => (v + 1) * 127.5); // Uint8ClampedArray 自己就是逢半取偶、截在 [0, 255]
+  const pixels = new Uint8ClampedArray(image.length);
+  for (let i = 0; i < image.length; i++) pixels[i] = (image[i] + 1) * 127.5;
+  return pixels;
 }
