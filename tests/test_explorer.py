@@ -398,6 +398,17 @@ def test_a_phone_shows_everything(visit, address, scheme):
     assert page.evaluate(f"{beyond}.length") == 0
     small = "[...document.querySelectorAll('button, input, [role=slider]')].map((each) => each.getBoundingClientRect())"
     assert page.evaluate(f"Math.min(...{small}.flatMap((box) => [box.width, box.height]))") >= 44
+    knob = page.locator("#learned .face").nth(1)
+    knob.scroll_into_view_if_needed()
+    box, before = knob.bounding_box(), float(knob.get_attribute("aria-valuenow"))
+    finger = page.context.new_cdp_session(page)
+    for kind, x in (("touchStart", 30), ("touchMove", 45), ("touchMove", 60), ("touchMove", 90), ("touchEnd", None)):
+        points = [] if x is None else [{"x": box["x"] + x, "y": box["y"] + 30}]
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    settle(page)
+    assert float(knob.get_attribute("aria-valuenow")) > before + 0.5
+    screens = page.locator(".screens").bounding_box()
+    assert 0 <= screens["y"] and screens["y"] + screens["height"] < 740  # 转旋钮时两张脸都看得见
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground))) > 384) == (scheme == "light")
 

@@ -220,7 +220,7 @@ def draw_frames(folder: Path = DATA, quality: int = 62) -> None:
 # ---------------------------------------------------------------- README 的动图
 
 PAPER, CARD, INK, GROOVE, TRUE, LEARNED = "#FAF7F1", "#FFFFFF", "#23201B", "#E9E2D5", "#A8490A", "#0B62A3"
-STEPS = 54  # 一圈几帧
+STEPS = 46  # 一圈几帧
 
 
 def journey() -> Tensor:
@@ -236,7 +236,7 @@ def journey() -> Tensor:
     return factors
 
 
-def draw_animation(path: Path = PICTURE, quality: int = 36) -> None:
+def draw_animation(path: Path = PICTURE, quality: int = 35) -> None:
     """``photos/explorer.webp``：转真的旋钮，学到的旋钮跟着转。"""
     model, _, manifest = load()
     factors = journey()
@@ -246,7 +246,8 @@ def draw_animation(path: Path = PICTURE, quality: int = 36) -> None:
         rebuilt = model.generate(to_float(real))
     used = sum(knob["kld"] >= 0.1 for knob in manifest["knobs"])
     frames = [_scene(*each, used) for each in zip(real, to_uint8(rebuilt), factors, z)]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=130, loop=0, quality=quality, method=4)
+    # 隔一帧就有一帧是完整的：慢慢变的底色每步只差几级，只存变化的话，会留下前几帧的残块
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=150, loop=0, quality=quality, method=4, kmin=1, kmax=2)
 
 
 def _scene(real: Tensor, rebuilt: Tensor, factors: Tensor, z: Tensor, used: int) -> Image.Image:
@@ -270,7 +271,7 @@ def _scene(real: Tensor, rebuilt: Tensor, factors: Tensor, z: Tensor, used: int)
             x = left + 385 + 108 * column if row < 2 else left + 78 + 103 * column
             _dial(pen, x, (152, 282, 442)[row], value, color)
             pen.text((x, (152, 282, 442)[row] + 46), name, INK, _font(24), anchor="ma")
-    return image.resize((640, 640 * height // width), Image.Resampling.LANCZOS)
+    return image.resize((600, 600 * height // width), Image.Resampling.LANCZOS)
 
 
 def _dial(pen: ImageDraw.ImageDraw, x: float, y: float, value: float, color: str, radius: int = 40) -> None:
