@@ -343,7 +343,8 @@ def test_the_keyboard_is_enough(visit, address):
     assert set(order) == {0}  # Tab 的次序就是页面的次序
 
 
-def test_samples_and_the_walk(visit, address):
+def test_samples_and_the_walk(visit, address, trained):
+    model, _, manifest = trained
     page = visit(address)
     assert len({tuple(pixels(page, f"#{name} button:nth-child({i}) canvas")) for name in ("prior", "fitted") for i in range(1, 17)}) == 32
     first = pixels(page, "#fitted canvas")
@@ -360,8 +361,13 @@ def test_samples_and_the_walk(visit, address):
     settle(page)
     assert pixels(page, "#straight") != middle and page.locator("#where").inner_text() == "0%"
     assert pixels(page, "#blend") == pixels(page, "#from canvas")
+    for key, face in (("Home", 0), ("End", 1)):  # 两头就是两张脸的重建
+        page.keyboard.press(key)
+        settle(page)
+        expected = explorer.decode(model, torch.tensor([manifest["faces"][face]["z"]]))[0].int()
+        seen = torch.tensor(pixels(page, "#straight")).view(64, 64, 4).permute(2, 0, 1)[:3]
+        assert (seen - expected).abs().max() <= 1
     page.click("#to")
-    page.keyboard.press("Tab")
     page.click("#play")
     page.wait_for_timeout(400)
     assert page.locator("#play").inner_text() == "停下" and float(page.locator("#t").input_value()) > 0
