@@ -1,6 +1,7 @@
 """重画 photos/ 里的全部图：``python photos/draw.py``。
 
-每个图是一个函数，接收输出的文件夹，列在 :data:`FIGURES` 里。除了要训练的一张，重画得到同样的像素。
+每个图是一个函数，接收输出的文件夹，列在 :data:`FIGURES` 里。要模型的一张用 photos/explorer/ 里训练好的，
+那个文件夹与动图 explorer.webp 由 ``python tools/explorer.py`` 造。
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectang
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # 没有安装课程时也找得到 vaelab
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tools")]  # 没有安装课程时也找得到 vaelab；tools 里有 explorer
 
 from vaelab.plot import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, use_chinese_font  # noqa: E402
 
@@ -278,26 +279,21 @@ def _face(sharpness: float) -> np.ndarray:
 
 
 def first_picture(folder: Path) -> None:
-    """``faces.png``：按 ``python vanilla_vae.py`` 的缺省设置训练一遍，上面原图与重建，下面抽样，先验是拟合的混合高斯（08 章）。
+    """``faces.png``：按 ``python vanilla_vae.py`` 的缺省设置训练的模型，上面原图与重建，下面抽样，先验是拟合的混合高斯（08 章）。
 
-    训练的舍入随机器而异，所以这一张每台机器略有不同。
+    模型是 ``python tools/explorer.py`` 训练并存在 photos/explorer/ 的那一个，不再训练一遍。
     """
-    import tempfile
+    import explorer
 
-    from vaelab import cli, plot
-    from vaelab.checkpoint import load_model
+    from vaelab import plot
     from vaelab.data import load
     from vaelab.images import to_float
-    from vaelab.prior import fit_prior
 
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as run:
-        if cli.main(["train", "--out", run]):
-            raise SystemExit("训练没有完成，图没有画。")
-        model = load_model(run)
-    faces = load("faces")
-    real, prior = to_float(faces.test[:10]), fit_prior(model, faces.train)
+    model, prior, _ = explorer.load()
+    plot.use_chinese_font()
+    real = to_float(load("faces").test[:10])
     with torch.no_grad():
-        samples = model.eval().decode(prior.sample(20, torch.Generator().manual_seed(0)).float())
+        samples = model.decode(prior.sample(20, torch.Generator().manual_seed(0)).float())
     picture = plot.grid(torch.cat([real, model.generate(real), samples]), 10, row_labels=["原图", "重建", "抽样", "抽样"], cell=0.75)
     picture.savefig(folder / "faces.png", dpi=110)
 

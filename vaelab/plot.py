@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import json
 import warnings
 from collections.abc import Sequence
 
@@ -118,3 +121,57 @@ def kl_bars(kld_per_dim: Tensor) -> Figure:
     axes.bar(range(1, len(values) + 1), values.tolist(), color=BLUE)
     axes.set(xlabel="隐变量的维（按 KL 从大到小）", ylabel="KL（nat）", title="每一维隐变量携带多少信息")
     return figure
+
+
+_SLIDER_SCRIPT = """
+for (const box of document.querySelectorAll(".vae-slider:not([data-on])")) {
+  box.dataset.on = "1";
+  const strip = box.querySelector("img"), labels = JSON.parse(box.dataset.labels), stops = JSON.parse(box.dataset.stops);
+  const grid = document.createElement("div"), size = 96;
+  grid.style.cssText = "display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 10px; max-width: 900px; font-size: 13px";
+  labels.forEach((label, row) => {
+    const cell = document.createElement("label"), face = document.createElement("div"), input = document.createElement("input");
+    cell.style.cssText = "display: block; text-align: center";
+    face.style.cssText = `width: ${size}px; height: ${size}px; margin: 0 auto 2px; border-radius: 10px; background: url(${strip.src})`;
+    face.style.backgroundSize = `${size * stops.length}px`;
+    face.setAttribute("role", "img");
+    Object.assign(input, { type: "range", min: 0, max: stops.length - 1, step: 1, value: (stops.length - 1) / 2 });
+    input.style.cssText = `width: ${size}px; height: 44px; margin: 0; touch-action: pan-y`;
+    input.setAttribute("aria-label", label);
+    const turn = () => {
+      face.style.backgroundPosition = `${-size * input.value}px ${-size * row}px`;
+      face.setAttribute("aria-label", `${label}，转到 ${stops[input.value]}`);
+      input.setAttribute("aria-valuetext", stops[input.value]);
+    };
+    input.addEventListener("input", turn);
+    turn();
+    cell.append(label, face, input);
+    grid.append(cell);
+  });
+  strip.before(grid);
+  strip.hidden = true;
+}
+"""
+
+
+def slider(strip: bytes, labels: Sequence[str], stops: Sequence[float], alt: str) -> str:
+    """一排滑块的 HTML，一个滑块转一行帧；交给 ``IPython.display.HTML`` 显示。
+
+    脚本不能运行的地方（GitHub、没有信任的 JupyterLab）看到的是整条帧带，一张静图。不用 widget，字节只由传进来的东西定。
+
+    Args:
+        strip: WebP 的字节，方的帧拼成 ``len(labels)`` 行、``len(stops)`` 列。
+        labels: 每一行的名字。
+        stops: 每一列的刻度。
+        alt: 静图的文字说明，不空。
+    """
+    if not strip[8:12] == b"WEBP":
+        raise ValueError("slider 要一个 WebP 文件的字节；请用 Path(...).read_bytes() 读它。")
+    if not alt.strip():
+        raise ValueError("slider 的 alt 是空的：看不见图的读者要靠它；请写一句话说明图里有什么。")
+    data = {name: html.escape(json.dumps(list(value), ensure_ascii=False)) for name, value in (("labels", labels), ("stops", stops))}
+    source = f"data:image/webp;base64,{base64.b64encode(strip).decode()}"
+    return (
+        f'<div class="vae-slider" data-labels="{data["labels"]}" data-stops="{data["stops"]}">\n'
+        f'<img src="{source}" alt="{html.escape(alt)}" width="624">\n<script>{_SLIDER_SCRIPT}</script>\n</div>'
+    )
