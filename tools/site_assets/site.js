@@ -1,0 +1,103 @@
+// 课程网站的四件事：画公式，切换明暗，手机上的目录，搜索。没有它，页面照样能读。
+"use strict";
+const base = new URL(".", document.currentScript.src);
+const $ = (id) => document.getElementById(id);
+
+// 公式：页面里存的是 TeX，由 KaTeX 画。
+for (const box of document.querySelectorAll(".math")) {
+  const displayMode = box.classList.contains("display");
+  katex.render(box.textContent, box, { displayMode, throwOnError: false, strict: "ignore" });
+  box.classList.add("drawn");
+}
+
+// 太宽的各自横向滚动；能滚动的要能用键盘到达。
+function fit() {
+  for (const box of document.querySelectorAll(".math:not(.display)")) {
+    box.classList.remove("wide");
+    const block = box.closest("p, li, td, th, h1, h2, h3, h4, summary, blockquote") || box.parentElement;
+    if (box.offsetParent && box.offsetWidth > 200 && box.scrollWidth + box.offsetLeft - block.offsetLeft > block.clientWidth) box.classList.add("wide");
+  }
+  for (const box of document.querySelectorAll(".scroll, .wide")) {
+    if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  }
+}
+fit();
+addEventListener("resize", fit);
+addEventListener("load", fit);
+document.addEventListener("toggle", fit, true);
+
+// 链接指着折叠里的东西，就把它打开；公式画完，页面长了，再走一次。
+function show() {
+  const target = $(decodeURIComponent(location.hash.slice(1)));
+  const folded = target && (target.closest("details") || (target.id === "solutions" && target.nextElementSibling));
+  if (folded) folded.open = true;
+  if (target) target.scrollIntoView();
+}
+addEventListener("hashchange", show);
+show();
+
+// 明暗：记在浏览器里；存不下（隐私模式）也不要紧。
+$("theme").addEventListener("click", () => {
+  const root = document.documentElement;
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+  try { localStorage.theme = root.dataset.theme; } catch { }
+});
+
+// 手机上的目录。
+function menu(open) {
+  document.body.classList.toggle("nav-open", open);
+  $("menu").setAttribute("aria-expanded", open);
+}
+$("menu").addEventListener("click", () => menu(!document.body.classList.contains("nav-open")));
+$("nav").addEventListener("click", (event) => event.target.closest("a") && menu(false));
+
+// 搜索：第一次输入时才载入 Pagefind 的索引。
+let pagefind;
+const results = $("results");
+const query = $("query");
+function element(name, text, attributes = {}) {
+  return Object.assign(document.createElement(name), { textContent: text }, attributes);
+}
+async function search() {
+  const words = query.value.trim();
+  results.hidden = !words;
+  if (!words) return;
+  try {
+    pagefind ||= await import(new URL("pagefind/pagefind.js", base));
+  } catch {
+    results.replaceChildren(element("p", location.protocol === "file:" ? "直接打开的文件里不能搜索，请用 python -m http.server 打开这个文件夹。" : "没有载入搜索的索引，请检查网络，再试一次。"));
+    return;
+  }
+  const found = await pagefind.debouncedSearch(words, {}, 150);
+  if (!found) return; // 又输入了新的
+  const pages = await Promise.all(found.results.slice(0, 8).map((each) => each.data()));
+  if (query.value.trim() !== words) return;
+  const list = element("ol", "");
+  for (const page of pages) {
+    const item = element("li", "");
+    const excerpt = element("p", "");
+    excerpt.innerHTML = page.excerpt; // Pagefind 已转义，只有 <mark>
+    item.append(element("a", page.meta.title, { href: page.url }), excerpt);
+    const inside = element("ul", "");
+    for (const part of page.sub_results.filter((each) => each.anchor).slice(0, 3)) {
+      const line = element("li", "");
+      line.append(element("a", part.title, { href: part.url }));
+      inside.append(line);
+    }
+    if (inside.children.length) item.append(inside);
+    list.append(item);
+  }
+  results.replaceChildren(element("p", pages.length ? `${found.results.length} 页里有“${words}”` : `没有找到“${words}”`), list);
+}
+query.addEventListener("input", search);
+$("search").addEventListener("submit", (event) => { event.preventDefault(); search(); });
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") { results.hidden = true; menu(false); }
+});
+document.addEventListener("click", (event) => {
+  if (!$("search").contains(event.target)) results.hidden = true;
+  else if (event.target === query && query.value.trim()) results.hidden = false;
+});
+results.addEventListener("click", (event) => event.target.closest("a") && (results.hidden = true));
