@@ -6,9 +6,9 @@
   python tools/build_site.py --check       只检查，什么也不留下
 
 每一章一页，解答折叠在练习之后；笔记、术语表、README 之间的链接换成站里的页，提到的源文件各有一页。
-公式由 tools/site_assets/katex 在浏览器里画（版本见那里的 VERSION），搜索由 Pagefind 做。
+公式由 tools/site_assets/katex 在浏览器里画（版本见那里的 VERSION），搜索由 tools/site_assets/find.js 在浏览器里找全文。
 没有执行的单元、解析不了的公式、通向不存在之处的链接、显示不出的字符、没有描述的图：不造，退出码 1，一处一句话。
-没有 mini-racer 就不检查公式，没有 pagefind 就没有搜索，其余照造；node、浏览器、网络都用不着。
+没有 mini-racer 就不检查公式，说一句话，其余照造；node、浏览器、网络都用不着。
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from __future__ import annotations
 import argparse
 import html
 import importlib.util
+import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +34,7 @@ from site_text import EQUATION, EXERCISE, Page, Where, Writer, code_block
 ROOT = stamp.ROOT
 ASSETS = Path(__file__).parent / "site_assets"
 MARK = ".vae-site"  # 站的根里有它，才是这里造的，下次可以覆盖
+LARGE = 150  # 像素；首页的卡片取一章里第一张有这么高的图
 LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", ".cff": "yaml", "": ""}  # 做成源文件页的；别的文件原样带上
 STRICT = "code => code === 'unknownSymbol' ? 'error' : 'ignore'"  # 中文写在公式里不算错，字体里没有的符号算
 
@@ -139,10 +140,13 @@ class Site:
         page = self.pages[f"{path.stem}.html"] = Page(f"{path.stem}.html", title=path.stem)
         solutions = self._solutions(path.parent / "solutions" / path.name, page)
         parts, heading, exercise = [], "", ""
-        cells = self.writer.cells(path, page.address, self.root)
-        for where, cell in cells:
+        opening = True  # 标题之后、第一段话之前：准备与导入，折起来
+        for where, cell in self.writer.cells(path, page.address, self.root):
             source = cell["source"]
+            opening = opening and (where.cell == 0 or cell["cell_type"] == "code")
             if cell["cell_type"] != "markdown":
+                if opening and not cell["outputs"]:
+                    cell["metadata"] = {**cell["metadata"], **stamp.FOLDED}
                 parts.append(self.writer.code(cell, where, heading) if cell["cell_type"] == "code" else "")
                 continue
             found = EXERCISE.match(source) or re.search(r"^\*\*练习 (\d+\.\d+)", source, re.MULTILINE)
@@ -212,7 +216,7 @@ class Site:
             links.insert(0, f'<a href="{html.escape(colab[1])}">在 Colab 打开</a>')
         if self.has_explorer and path.name.startswith("08_"):
             links.append('<a href="explorer/index.html">打开探索器：拖一拖旋钮</a>')
-        return f'<p class="actions" data-pagefind-ignore>{"".join(links)}</p>\n'
+        return f'<p class="actions">{"".join(links)}</p>\n'
 
     def _home(self) -> dict:
         """首页的内容：README 的标题、第一张图与第一段，各章的卡片。"""
@@ -223,8 +227,9 @@ class Site:
         lead = next((block for block in blocks[1:] if re.match(r"\w", block)), "")
         page = Page("index.html")
         for card in self.cards:
-            found = re.search(r"<figure>(<img[^>]*>)", self.pages[card["page"]].body)
-            card["picture"] = found[1] if found else ""
+            pictures = list(re.finditer(r'<img src="images/[^"]*" width="\d+" height="(\d+)"[^>]*>', self.pages[card["page"]].body))
+            large = [each for each in pictures if int(each[1]) >= LARGE] or pictures  # 00 章的头一张只是试字体
+            card["picture"] = large[0][0] if large else ""
         return {
             "title": blocks[0].removeprefix("# ") if blocks else "课程",
             "picture": self.writer.markdown(picture, where, page).replace(' loading="lazy"', ""),
@@ -263,9 +268,11 @@ class Site:
         shutil.copytree(ASSETS / "katex", out / "katex")
         if self.has_explorer:
             add_explorer(self.root, out / "explorer")
+        index = [[page.address, page.title, *text] for page in self.pages.values() for text in page.texts]
+        find = (ASSETS / "find.js").read_text(encoding="utf-8")
+        stamp_file(out / "search.js", f"{find}\nconst INDEX = {json.dumps(index, ensure_ascii=False)};\n".encode())
         stamp_file(out / MARK, b"")
-        missing = [] if importlib.util.find_spec("py_mini_racer") else ["没有 mini-racer，公式没有检查；装上它：uv pip install mini-racer。"]
-        return missing + add_search(out)
+        return [] if importlib.util.find_spec("py_mini_racer") else ["没有 mini-racer，公式没有检查；装上它：uv pip install mini-racer。"]
 
 
 def stamp_file(path: Path, data: bytes) -> None:
@@ -279,19 +286,6 @@ def add_explorer(root: Path, folder: Path) -> None:
     for source in (root / "tools/explorer", root / "photos/explorer"):
         if source.is_dir():
             shutil.copytree(source, folder, dirs_exist_ok=True)
-
-
-def add_search(out: Path) -> list[str]:
-    """Pagefind 读一遍造好的页，写下分好词的索引；没有它或没有成功，返回一句话。"""
-    if not importlib.util.find_spec("pagefind"):
-        return ["没有 pagefind，站里没有搜索；装上它：uv pip install pagefind pagefind-bin-extended。"]
-    run = subprocess.run([sys.executable, "-m", "pagefind", "--site", str(out)], capture_output=True, encoding="utf-8", errors="replace")
-    if run.returncode:
-        return [f"pagefind 没有成功，站里没有搜索：{(run.stderr or run.stdout).strip().splitlines()[-1:]}"]
-    for path in (out / "pagefind").glob("pagefind-*"):  # 它自带的界面用不着
-        if path.name not in ("pagefind-entry.json", "pagefind-worker.js"):
-            path.unlink()
-    return []
 
 
 def check_formulas(formulas: Sequence[tuple[Where, str, bool]]) -> list[str]:

@@ -10,6 +10,7 @@ import html
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,11 @@ LONG = 20  # 文字输出多于这么多行就折叠
 EQUATION = re.compile(r"\\tag\{(\d+\.\d+)\}")
 REFERENCE = re.compile(r"式 ?\((\d+\.\d+)\)")
 EXERCISE = re.compile(r"\*\*练习 (\d+\.\d+)")
+CHINESE = re.compile("[\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef“”‘’—…]")
 VERDICTS = {"✓": "yes", "✗": "no", "○": "open"}
 COLOURS = {Keyword: "k", Operator.Word: "k", String: "s", Number: "m", Comment: "c", Name.Function: "f", Name.Class: "f", Name.Decorator: "f"}
+SIGNS = dict(lVert="‖", rVert="‖", parallel="‖", mid="|", vert="|", sum="Σ", prod="Π", int="∫", cdot="·", times="×", approx="≈", le="≤", ge="≥")
+SIGNS |= dict(to="→", mapsto="→", infty="∞", partial="∂", nabla="∇", odot="⊙", sim="~", pm="±", ne="≠", ell="ℓ", propto="∝", sqrt="√", ll="≪", gg="≫")
 PICTURES = {"image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
 
 
@@ -53,7 +57,8 @@ class Page:
     title: str = ""
     body: str = ""
     ids: set[str] = field(default_factory=set)
-    sections: list[tuple[str, str]] = field(default_factory=list)  # (锚点, 文字)，只有二级标题
+    sections: list[tuple[str, str]] = field(default_factory=list)  # (锚点, HTML)，只有二级标题
+    texts: list[list[str]] = field(default_factory=list)  # 搜索用：[锚点, 小节的标题, 文字]，每个标题起一节
 
     @property
     def root(self) -> str:
@@ -63,7 +68,25 @@ class Page:
 
 def plain(token: Token) -> str:
     """一行 Markdown 的文字，不带记号与公式的 $。"""
-    return "".join(child.content for child in token.children or [] if child.type in ("text", "code_inline", "math_inline"))
+    said = {"text": str, "code_inline": str, "math_inline": spoken}
+    return "".join(said[child.type](child.content) for child in token.children or [] if child.type in said)
+
+
+def spoken(tex: str) -> str:
+    """公式里读得出的部分，给搜索的摘要用：希腊字母与常用的记号换成字，log、exp 之类留着，别的命令与括号去掉。"""
+
+    def letter(found: re.Match) -> str:
+        name = found[1].removeprefix("var")
+        if name in SIGNS:
+            return SIGNS[name]
+        if name in ("log", "exp", "det", "min", "max", "arg"):
+            return f"{name} "
+        try:
+            return unicodedata.lookup(f"GREEK {'CAPITAL' if name[0].isupper() else 'SMALL'} LETTER {name}")
+        except KeyError:
+            return ""
+
+    return " ".join(re.sub(r"[{}$&\\]", "", re.sub(r"\\([A-Za-z]+)", letter, tex)).split())
 
 
 def strange(text: str) -> str:
@@ -117,7 +140,9 @@ class Writer:
             self.problem(where, f"有一个显示不出的字符 {code}，请改成想写的字。")
         for before, token in zip([None, *tokens], tokens):
             if token.type == "inline":
-                self._opened(before, token, page, deeper)
+                self._opened(before, token, page, deeper, env)
+                if page.texts and not deeper and before and before.type != "heading_open":  # 解答不进搜索：先自己做
+                    page.texts[-1][2] += " " * bool(page.texts[-1][2]) + plain(token)
                 token.children = self._inline(token.children or [], where)
             elif token.type == "math_block":
                 page.ids.update(f"eq-{number}" for number in EQUATION.findall(token.content))
@@ -127,7 +152,7 @@ class Writer:
                 token.tag = f"h{min(int(token.tag[1]) + deeper, 6)}"
         return self.md.renderer.render(tokens, self.md.options, env)
 
-    def _opened(self, opening: Token | None, inline: Token, page: Page, deeper: int) -> None:
+    def _opened(self, opening: Token | None, inline: Token, page: Page, deeper: int, env: dict) -> None:
         """给标题一个锚点，给“先猜再跑”与练习的段落一个类名。"""
         if opening is None:
             return
@@ -138,7 +163,9 @@ class Writer:
             page.ids.add(slug)
             opening.attrSet("id", slug)
             if opening.tag == "h2" and not deeper:
-                page.sections.append((slug, words))
+                page.sections.append((slug, self.md.renderer.render([inline], self.md.options, env)))
+            if not deeper:
+                page.texts.append([slug, words, ""] if opening.tag != "h1" else ["", "", ""])
         elif opening.type == "paragraph_open" and inline.content.startswith("**先猜再跑"):
             opening.attrSet("class", "guess")
         elif opening.type == "paragraph_open" and (found := EXERCISE.match(inline.content)) and not deeper:
@@ -149,7 +176,13 @@ class Writer:
     def _inline(self, children: list[Token], where: Where) -> list[Token]:
         """换链接，查图的描述，把“式(5.3)”连到公式。"""
         kept, in_link = [], False
-        for token in children:
+        for index, token in enumerate(children):
+            if token.type == "softbreak" and any(
+                near.content and CHINESE.match(near.content[edge]) for near, edge in ((children[index - 1], -1), (children[index + 1], 0))
+            ):
+                continue  # 中文之间换行，不要变成空格
+            if token.type == "text" and "**" in token.content:
+                self.problem(where, f"粗体没有成：{token.content.strip()[:30]}，记号与标点挨着时，在外侧空一格。")
             if token.type == "link_open":
                 in_link = True
                 token.attrSet("href", self.link(str(token.attrGet("href") or ""), where))
@@ -207,7 +240,7 @@ class Writer:
             return f'<span class="math">{tex}</span>'
         anchors = "".join(f' id="eq-{number}"' for number in EQUATION.findall(token.content)[:1])
         tag = "div" if token.type == "math_block" else "span"
-        return f'<{tag} class="math display scroll"{anchors} data-pagefind-ignore>{tex}</{tag}>\n'
+        return f'<{tag} class="math display scroll"{anchors}>{tex}</{tag}>\n'
 
     # ------------------------------------------------------------ 笔记的单元
 
@@ -225,13 +258,14 @@ class Writer:
         return cells
 
     def code(self, cell: dict, where: Where, heading: str) -> str:
-        """一格代码与它的输出；准备单元折叠着。"""
+        """一格代码与它的输出；折起源码的单元在这里也折着。"""
         block = code_block(cell["source"])
         if cell["metadata"].get("jupyter", {}).get("source_hidden"):
-            title = re.sub(r"^# ?@title ?", "", cell["source"].split("\n", 1)[0])
+            first = re.match(r"# ?@title ?(.*)", cell["source"])
+            title = first[1] if first else "准备：导入"
             block = f'<details class="setup"><summary>{html.escape(title)}</summary>\n{block}</details>\n'
         outputs = "".join(self._output(each, where, f"{where.cell}-{number}", heading) for number, each in enumerate(cell.get("outputs", [])))
-        return f'<div class="cell" data-pagefind-ignore>\n{block}{outputs}</div>\n'
+        return f'<div class="cell">\n{block}{outputs}</div>\n'
 
     def _output(self, output: dict, where: Where, name: str, heading: str) -> str:
         """一个输出：图、HTML 或文字，取最丰富的一种。"""
@@ -247,7 +281,8 @@ class Writer:
         if code := strange(text):
             self.problem(where, f"输出里有一个显示不出的字符 {code}。")
         lines = [
-            f'<span class="{VERDICTS[line[0]]}">{html.escape(line)}</span>' if line[:1] in VERDICTS else html.escape(line) for line in text.split("\n")
+            f'<span class="{VERDICTS[line[0]]}">{html.escape(line)}</span>' if line[:1] in VERDICTS else html.escape(line)
+            for line in text.split("\n")
         ]
         block = '<pre class="output scroll">{}</pre>\n'.format("\n".join(lines))
         return f"<details><summary>输出，共 {len(lines)} 行</summary>\n{block}</details>\n" if len(lines) > LONG else block
@@ -266,7 +301,7 @@ class Writer:
         alt = "；图上写着：".join(part for part in (heading, said) if part)
         if not alt:
             self.problem(where, "这张图前面没有标题，图上也没有文字，造不出描述；请在前面加一个标题。")
-        return f'<figure>{self._file(data, suffix, where, name, size, alt)}</figure>\n'
+        return f"<figure>{self._file(data, suffix, where, name, size, alt)}</figure>\n"
 
     def _file(self, data: bytes, suffix: str, where: Where, name: str, size: tuple[int, int], alt: str) -> str:
         address = f"images/{where.file.parent.name[0]}{where.file.stem}-{name}.{suffix}"

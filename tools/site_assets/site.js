@@ -53,43 +53,48 @@ function menu(open) {
 $("menu").addEventListener("click", () => menu(!document.body.classList.contains("nav-open")));
 $("nav").addEventListener("click", (event) => event.target.closest("a") && menu(false));
 
-// 搜索：第一次输入时才载入 Pagefind 的索引。
-let pagefind;
+// 搜索：第一次输入时才载入全文（search.js，里面是 find）。
+let loading;
 const results = $("results");
 const query = $("query");
-function element(name, text, attributes = {}) {
-  return Object.assign(document.createElement(name), { textContent: text }, attributes);
+const element = (name, text, attributes = {}) => Object.assign(document.createElement(name), { textContent: text }, attributes);
+function load() {
+  return loading ||= new Promise((done, failed) => {
+    document.head.append(element("script", "", { src: new URL("search.js", base), onload: done, onerror: () => { loading = null; failed(); } }));
+  });
+}
+function highlighted(text, words) {
+  const box = element("p", "");
+  const any = new RegExp(words.map((word) => pattern(word).source).join("|"), "gi");
+  let last = 0;
+  for (const found of text.matchAll(any)) {
+    box.append(text.slice(last, found.index), element("mark", found[0]));
+    last = found.index + found[0].length;
+  }
+  box.append(text.slice(last));
+  return box;
 }
 async function search() {
-  const words = query.value.trim();
-  results.hidden = !words;
-  if (!words) return;
+  const asked = query.value.trim();
+  results.hidden = !asked;
+  if (!asked) return;
   try {
-    pagefind ||= await import(new URL("pagefind/pagefind.js", base));
+    await load();
   } catch {
-    results.replaceChildren(element("p", location.protocol === "file:" ? "直接打开的文件里不能搜索，请用 python -m http.server 打开这个文件夹。" : "没有载入搜索的索引，请检查网络，再试一次。"));
+    results.replaceChildren(element("p", "没有载入搜索用的全文，请检查网络，再试一次。"));
     return;
   }
-  const found = await pagefind.debouncedSearch(words, {}, 150);
-  if (!found) return; // 又输入了新的
-  const pages = await Promise.all(found.results.slice(0, 8).map((each) => each.data()));
-  if (query.value.trim() !== words) return;
+  if (query.value.trim() !== asked) return; // 又输入了新的
+  const { words, found } = find(asked);
   const list = element("ol", "");
-  for (const page of pages) {
+  for (const each of found.slice(0, 12)) {
     const item = element("li", "");
-    const excerpt = element("p", "");
-    excerpt.innerHTML = page.excerpt; // Pagefind 已转义，只有 <mark>
-    item.append(element("a", page.meta.title, { href: page.url }), excerpt);
-    const inside = element("ul", "");
-    for (const part of page.sub_results.filter((each) => each.anchor).slice(0, 3)) {
-      const line = element("li", "");
-      line.append(element("a", part.title, { href: part.url }));
-      inside.append(line);
-    }
-    if (inside.children.length) item.append(inside);
+    item.append(element("a", each.section || each.title, { href: new URL(each.url, base) }));
+    if (each.section) item.append(element("small", each.title));
+    item.append(highlighted(each.excerpt, words));
     list.append(item);
   }
-  results.replaceChildren(element("p", pages.length ? `${found.results.length} 页里有“${words}”` : `没有找到“${words}”`), list);
+  results.replaceChildren(element("p", found.length ? `${found.length} 节里有“${asked}”` : `没有找到“${asked}”，换一个词试试`), list);
 }
 query.addEventListener("input", search);
 $("search").addEventListener("submit", (event) => { event.preventDefault(); search(); });
