@@ -29,7 +29,7 @@ from urllib.parse import unquote
 
 import jinja2
 import stamp
-from site_text import EQUATION, EXERCISE, Page, Where, Writer, code_block
+from site_text import EQUATION, EXERCISE, Page, Where, Writer, code_block, readable
 
 ROOT = stamp.ROOT
 ASSETS = Path(__file__).parent / "site_assets"
@@ -120,7 +120,7 @@ class Site:
                 self.writer.problem(where, f"链接通向 {page} 的 #{fragment}，那一页没有这个锚点。")
         self.writer.problems += check_formulas(self.writer.formulas)
         if self.writer.problems:
-            raise SiteError("\n".join(self.writer.problems))
+            raise SiteError("\n".join(dict.fromkeys(self.writer.problems)))
 
     def _document(self, page: Page, file: Path) -> None:
         """一页 Markdown，或一个源文件。"""
@@ -129,7 +129,7 @@ class Site:
         where = Where(file, page.address, self.root)
         if file.suffix == ".md":
             found = re.search(r"^# (.*)", text, re.MULTILINE)
-            page.title = found[1] if found else relative
+            page.title = html.escape(readable(found[1])) if found else relative
             page.body = self.writer.markdown(stamp.BADGE.sub("", text), where, page)
         else:
             page.title = relative
@@ -158,10 +158,10 @@ class Site:
                 if exercise not in solutions:
                     self.writer.problem(where, f"练习 {exercise} 没有解答，应在 solutions/{path.name} 里有“## 练习 {exercise}”。")
             if titles := re.findall(r"^#+ (.*)", source, re.MULTILINE):
-                heading = re.sub(r"[$`*]", "", titles[-1])
+                heading = readable(titles[-1])
             parts.append(self.writer.markdown(stamp.BADGE.sub("", source), where, page))
             if where.cell == 0:
-                page.title = titles[0] if titles else path.stem
+                page.title = html.escape(readable(titles[0])) if titles else path.stem
                 self.cards.append(self._card(path, source, where))
                 parts.append(self._actions(path))
         parts.append(solutions.pop(exercise, ""))
@@ -194,14 +194,14 @@ class Site:
     def _card(self, path: Path, source: str, where: Where) -> dict:
         """首页上的一张卡片：标题、承诺、用时；主图等各格写完再取。"""
         paragraphs = stamp.BADGE.sub("", source).split("\n\n")
-        promise = self.writer.md.renderInline(paragraphs[1], {"where": where}) if len(paragraphs) > 1 else ""
-        minutes = re.search(r"\| 用时 \| (.*?)[；，。|]", source)
+        title, promise = (self.writer.md.renderInline(each, {"where": where}) for each in [*paragraphs, "", ""][:2])
+        minutes = re.search(r"\| 用时 \|.*?(\d+ 分钟)", source)
         return {
             "number": path.name[:2],
-            "title": re.sub(r"^# (\d\d )?", "", paragraphs[0]).strip(),
+            "title": re.sub(r"^# (\d\d )?", "", title).strip(),
             "page": where.page,
             "promise": re.sub(r"</?a\b[^>]*>", "", promise),
-            "minutes": minutes[1].strip() if minutes else "",
+            "minutes": minutes[1] if minutes else "",
         }
 
     def _actions(self, path: Path) -> str:
@@ -268,7 +268,7 @@ class Site:
         shutil.copytree(ASSETS / "katex", out / "katex")
         if self.has_explorer:
             add_explorer(self.root, out / "explorer")
-        index = [[page.address, page.title, *text] for page in self.pages.values() for text in page.texts]
+        index = [[page.address, html.unescape(page.title), *text] for page in self.pages.values() for text in page.texts]
         find = (ASSETS / "find.js").read_text(encoding="utf-8")
         stamp_file(out / "search.js", f"{find}\nconst INDEX = {json.dumps(index, ensure_ascii=False)};\n".encode())
         stamp_file(out / MARK, b"")

@@ -72,6 +72,11 @@ def plain(token: Token) -> str:
     return "".join(said[child.type](child.content) for child in token.children or [] if child.type in said)
 
 
+def readable(line: str) -> str:
+    """一行 Markdown 去掉记号，公式换成读得出的字。"""
+    return re.sub(r"[`*]", "", re.sub(r"\$([^$]*)\$", lambda found: spoken(found[1]), line))
+
+
 def spoken(tex: str) -> str:
     """公式里读得出的部分，给搜索的摘要用：希腊字母与常用的记号换成字，log、exp 之类留着，别的命令与括号去掉。"""
 
