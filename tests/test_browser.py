@@ -32,7 +32,10 @@ CLIPPED = """() => {
     const cut = (style.overflowX === "hidden" || style.overflowX === "clip") && box.scrollWidth > box.clientWidth + 1;
     let outside = box.getBoundingClientRect().right > innerWidth + 1;
     for (let up = box; outside && up; up = up.parentElement) outside = !["auto", "scroll"].includes(getComputedStyle(up).overflowX);
-    if (cut || outside) bad.push(box.outerHTML.slice(0, 120));
+    const low = box.matches(".math.display") && box.scrollHeight > box.clientHeight + 3;
+    const number = box.matches(".math") && box.querySelector(".katex-tag");
+    const over = number && number.previousElementSibling.getBoundingClientRect().right > number.getBoundingClientRect().left;
+    if (cut || low || over || outside) bad.push(box.outerHTML.slice(0, 120));
   }
   return bad;
 }"""
@@ -236,9 +239,8 @@ def test_run_all_in_jupyterlab(browser, lab, name):
     box = promise.bounding_box()
     assert title["y"] < box["y"] and box["y"] + box["height"] < first_code
     before = [cell["source"] for cell in page.evaluate(CELLS)]
-    page.set_default_timeout(150_000)
-    page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
-    page.wait_for_function("jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")
+    page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = true; }); }")
+    page.wait_for_function("window.ran", timeout=180_000)
     cells = page.evaluate(CELLS)
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     wrong = [output for cell in code for output in cell["outputs"] if output["output_type"] == "error" or output.get("name") == "stderr"]

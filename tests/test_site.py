@@ -108,6 +108,8 @@ def test_search_finds_the_words(site):
         assert any(page.startswith(("0", "1")) for page in pages[:3]), (word, pages)
         page = (site / pages[0]).read_text(encoding="utf-8")
         assert word in re.sub("<[^>]*>", "", page), (word, pages[0])
+    sections = json.loads(v8.eval('JSON.stringify(find("批归一化"))'))["found"][:4]
+    assert all("批归一化" in each["section"] for each in sections)  # 写在标题里的在前
     first = json.loads(v8.eval('JSON.stringify(find("后验坍塌"))'))["found"][0]
     assert first["url"].startswith("10_posterior_collapse.html")
     assert not v8.eval('find("这句话哪里也没有写过").found.length')

@@ -1,7 +1,7 @@
 """把全部课程做成静态的网站：离线，不执行任何一格，输出照存着的；页面不从外面载入任何东西。
 
 用法：
-  python tools/build_site.py               造在 site/ 里；打开它：python -m http.server -d site
+  python tools/build_site.py               造在 site/ 里；双击 site/index.html 就能读
   python tools/build_site.py --out 文件夹  造在别处；只肯覆盖空的文件夹与它自己造的
   python tools/build_site.py --check       只检查，什么也不留下
 
