@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -282,7 +283,17 @@ def stamp_file(path: Path, data: bytes) -> None:
 
 
 def add_explorer(root: Path, folder: Path) -> None:
-    """探索器的页面与数据，原样拷成一个文件夹。"""
+    """探索器放进 ``folder``：由 tools/explorer.py 拼成双击就能看的文件夹；没有那个程序，就把页面与数据原样拷来。
+
+    Raises:
+        SiteError: tools/explorer.py 没有拼成。
+    """
+    program = root / "tools/explorer.py"
+    if program.is_file():
+        run = subprocess.run([sys.executable, str(program), "--assemble", str(folder)], capture_output=True, encoding="utf-8", errors="replace")
+        if run.returncode:
+            raise SiteError(f"探索器没有拼成：{(run.stderr.strip() or '没有说为什么').splitlines()[-1]}")
+        return
     for source in (root / "tools/explorer", root / "photos/explorer"):
         if source.is_dir():
             shutil.copytree(source, folder, dirs_exist_ok=True)

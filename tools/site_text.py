@@ -323,7 +323,7 @@ class Writer:
             self.problem(where, "输出的 HTML 从外面载入东西；站里不许。")
 
         def saved(found: re.Match) -> str:
-            address = f"images/{where.file.parent.name[0]}{where.file.stem}-{name}-{len(self.pictures)}.{found[1]}"
+            address = f"images/html-{where.file.parent.name[0]}{where.file.stem}-{name}-{len(self.pictures)}.{found[1]}"
             self.pictures[address] = base64.b64decode(found[2])
             return "../" * where.page.count("/") + address
 
