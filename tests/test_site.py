@@ -193,6 +193,8 @@ BAD = {
     "替代字符": ([text("一个坏字\ufffd。")], "第 1 格：有一个显示不出的字符 U+FFFD"),
     "输出里的替代字符": ([code("1", stream("坏\ufffd"))], "第 1 格：输出里有一个显示不出的字符 U+FFFD"),
     "缺字的警告": ([code("1", stream("UserWarning: Glyph 21644 (\\N{CJK}) missing from font(s) DejaVu Sans."))], "第 1 格：输出里有缺字的警告"),
+    "代码里的私用区": ([code("x = '\ue000'")], "第 1 格：代码里有一个显示不出的字符 U+E000"),
+    "坏图": ([code("1", shown(image_png="iVBORw0KGgo="))], "第 1 格：输出里有一张读不出的图"),
     "没有描述的图": ([text("![](../faces.png)")], "第 1 格：图 ../faces.png 没有描述"),
     "外面的图": ([text("![脸](https://example.com/a.png)")], "第 1 格：图 https://example.com/a.png 不在仓库里"),
     "HTML 里没有描述的图": ([code("1", shown(text_html='<img src="data:image/png;base64,AAAA">'))], "第 1 格：输出的 HTML 里有一张没有描述的图"),
@@ -220,6 +222,14 @@ def test_a_picture_without_any_words_around_is_a_flaw(course, capsys):
     book.write_text(book.read_text(encoding="utf-8").replace("# 01 ", "01 "), encoding="utf-8")
     assert build_site.main(["--check"], root) == 1
     assert "第 1 格：这张图前面没有标题" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", [b"{", b"[]", b'{"cells": 1}', b"\xff\xfe"])
+def test_a_file_that_is_no_notebook_is_named(course, capsys, broken):
+    root = course(text("## 一节"))
+    (root / "notebooks/02_broken.ipynb").write_bytes(broken)
+    assert build_site.main(["--check"], root) == 1
+    assert "notebooks/02_broken.ipynb：不是一本读得出的笔记" in capsys.readouterr().err
 
 
 def test_a_solution_without_its_exercise_and_a_broken_readme_are_flaws(course, capsys):

@@ -55,13 +55,15 @@ class Site:
         self.waiting: list[tuple[str, Path]] = []  # 有链接指向、还没有造的页
         self.anchors: list[tuple[Where, str, str]] = []  # 链接要的锚点，等全部页造好再查
         self.cards: list[dict] = []
-        numbers = {n: f"{path.stem}.html" for path in self.chapters for n in EQUATION.findall(path.read_text(encoding="utf-8"))}
+        numbers = {n: f"{path.stem}.html" for path in self.chapters for n in EQUATION.findall(path.read_text(encoding="utf-8", errors="replace"))}
         self.writer = Writer(self.link, numbers)
         self.has_explorer = (root / "tools/explorer/index.html").is_file()
         try:
             self.address = stamp.current_address(root)
         except stamp.StampError as error:
             raise SiteError(str(error)) from None
+        except (ValueError, KeyError, TypeError):  # 有一本读不出，造那一页时会说是哪一本
+            self.address = ""
 
     # ------------------------------------------------------------ 链接
 

@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -98,6 +99,16 @@ def strange(text: str) -> str:
     """文字里显示不出的第一个字符：替代字符、落单的代理项、私用区；没有则为空。"""
     found = re.search("[\ufffc\ufffd\ud800-\udfff\ue000-\uf8ff]", text)
     return f"U+{ord(found[0]):04X}" if found else ""
+
+
+def opened(data: bytes) -> tuple[int, int, str] | None:
+    """图的宽、高与它带着的来历（vaelab/provenance.py 写的，没有则为空）；读不出则没有。"""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return *image.size, image.info.get("vaelab", "")
+    except (OSError, ValueError, SyntaxError):  # 坏的 PNG，Pillow 有时报 SyntaxError
+        return None
 
 
 def code_block(source: str, language: str = "python") -> str:
@@ -221,11 +232,10 @@ class Writer:
             self.problem(where, f"图 {source} 不在仓库里；站里不从外面载入东西。")
             return
         token.attrSet("src", self.link(source, where))
-        file = where.file.parent / source
-        if file.is_file():
-            with Image.open(file) as image:
-                token.attrSet("width", image.width)
-                token.attrSet("height", image.height)
+        file = where.file.parent / unquote(source)
+        if shape := opened(file.read_bytes()) if file.is_file() else None:  # 矢量图没有
+            token.attrSet("width", shape[0])
+            token.attrSet("height", shape[1])
         token.attrSet("loading", "lazy")
 
     def _raw(self, text: str, where: Where) -> str:
@@ -264,6 +274,8 @@ class Writer:
 
     def code(self, cell: dict, where: Where, heading: str) -> str:
         """一格代码与它的输出；折起源码的单元在这里也折着。"""
+        if code := strange(cell["source"]):
+            self.problem(where, f"代码里有一个显示不出的字符 {code}，请写成转义。")
         block = code_block(cell["source"])
         if cell["metadata"].get("jupyter", {}).get("source_hidden"):
             first = re.match(r"# ?@title ?(.*)", cell["source"])
@@ -279,7 +291,7 @@ class Writer:
             return self._picture(base64.b64decode("".join(data[kind])), PICTURES[kind], where, name, heading)
         if "text/html" in data:
             return f'<div class="html scroll">{self._embedded("".join(data["text/html"]), where, name)}</div>\n'
-        text = "".join(output.get("text", data.get("text/plain", output.get("traceback", ""))))
+        text = "".join(output.get("text", data.get("text/plain", [line + "\n" for line in output.get("traceback", [])])))
         text = re.sub(r"\x1b\[[0-9;]*m", "", text).rstrip("\n")
         if found := re.search(r"Glyph \d+.*missing", text):
             self.problem(where, f"输出里有缺字的警告：{found[0]}。")
@@ -294,9 +306,11 @@ class Writer:
 
     def _picture(self, data: bytes, suffix: str, where: Where, name: str, heading: str) -> str:
         """输出的图存成单独的文件；描述由最近的标题与图上的文字造出。"""
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            size, label = image.size, image.info.get("vaelab", "")
+        shape = opened(data)
+        if shape is None:
+            self.problem(where, "输出里有一张读不出的图；请重新执行这本笔记。")
+            return ""
+        width, height, label = shape
         try:
             words = json.loads(label)["words"] if label else []
         except (ValueError, KeyError):
@@ -306,13 +320,16 @@ class Writer:
         alt = "；图上写着：".join(part for part in (heading, said) if part)
         if not alt:
             self.problem(where, "这张图前面没有标题，图上也没有文字，造不出描述；请在前面加一个标题。")
-        return f"<figure>{self._file(data, suffix, where, name, size, alt)}</figure>\n"
+        source = self._saved(data, f"{name}.{suffix}", where)
+        size = f'width="{width}" height="{height}"'
+        return f'<figure><img src="{source}" {size} alt="{html.escape(alt)}" loading="lazy" decoding="async"></figure>\n'
 
-    def _file(self, data: bytes, suffix: str, where: Where, name: str, size: tuple[int, int], alt: str) -> str:
-        address = f"images/{where.file.parent.name[0]}{where.file.stem}-{name}.{suffix}"
+    def _saved(self, data: bytes, name: str, where: Where, kind: str = "") -> str:
+        """收下一张图，返回由页面到它的地址。"""
+        folder = "solutions-" if where.file.parent.name == "solutions" else ""
+        address = f"images/{kind}{folder}{where.file.stem}-{name}"
         self.pictures[address] = data
-        source = "../" * where.page.count("/") + address
-        return f'<img src="{source}" width="{size[0]}" height="{size[1]}" alt="{html.escape(alt)}" loading="lazy" decoding="async">'
+        return "../" * where.page.count("/") + address
 
     def _embedded(self, text: str, where: Where, name: str) -> str:
         """HTML 的输出：嵌在里面的图也存成单独的文件，页面才不会太大；图要有描述，不许从外面载入。"""
@@ -323,8 +340,6 @@ class Writer:
             self.problem(where, "输出的 HTML 从外面载入东西；站里不许。")
 
         def saved(found: re.Match) -> str:
-            address = f"images/html-{where.file.parent.name[0]}{where.file.stem}-{name}-{len(self.pictures)}.{found[1]}"
-            self.pictures[address] = base64.b64decode(found[2])
-            return "../" * where.page.count("/") + address
+            return self._saved(base64.b64decode(found[2]), f"{name}-{len(self.pictures)}.{found[1]}", where, "html-")
 
         return re.sub(r"data:image/(png|webp|gif|jpeg);base64,([A-Za-z0-9+/=]+)", saved, text)
