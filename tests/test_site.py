@@ -174,6 +174,7 @@ def course(tmp_path):
     def make(*cells: dict, solutions: tuple[dict, ...] = (), readme: str = "# 假的课程\n\n一句话。\n") -> Path:
         (tmp_path / "notebooks/solutions").mkdir(parents=True)
         (tmp_path / "README.md").write_text(readme, encoding="utf-8")
+        (tmp_path / "table.csv").write_text("1\n", encoding="utf-8")
         for name, found in (("01_fake", [text(TITLE), *cells]), ("solutions/01_fake", solutions)):
             book = {"cells": list(found), "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
             (tmp_path / f"notebooks/{name}.ipynb").write_text(json.dumps(book, ensure_ascii=False), encoding="utf-8")
@@ -189,6 +190,7 @@ BAD = {
     "链接": ([text("[哪里](02_nowhere.ipynb)")], "第 1 格：链接 02_nowhere.ipynb 通向不存在的地方"),
     "仓库之外": ([text("[外面](../../outside.md)")], "第 1 格：链接 ../../outside.md 通向不存在的地方"),
     "锚点": ([text("[那一节](01_fake.ipynb#没有这一节)")], "第 1 格：链接通向 01_fake.html 的 #没有这一节"),
+    "文件里的锚点": ([text("[表](../table.csv#L3)")], "第 1 格：链接通向 files/table.csv 的 #L3"),
     "式号": ([text("由式(1.9) 得出。")], "第 1 格：提到式(1.9)"),
     "替代字符": ([text("一个坏字\ufffd。")], "第 1 格：有一个显示不出的字符 U+FFFD"),
     "输出里的替代字符": ([code("1", stream("坏\ufffd"))], "第 1 格：输出里有一个显示不出的字符 U+FFFD"),
@@ -247,18 +249,20 @@ def test_a_small_course(course, capsys):
             "| 甲 |\n|---|\n| $y$ |"
         ),
         code("print('长')", stream("行\n" * 30), shown(image_png=PIXEL)),
-        text("由式(1.1)，见[解答](solutions/01_fake.ipynb)与[源码](../tool.py)。\n\n**练习 1.1** 想一想。"),
+        text("由式(1.1)，见[解答](solutions/01_fake.ipynb)与[源码](../tool.py)、[表](../table.csv)、[草稿](extra.ipynb)。\n\n**练习 1.1** 想一想。"),
         code("exercise()", stream("✓ 对了")),
         text("## 小结\n\n完了。"),
     ]
     root = course(*cells, solutions=(text("# 解答"), code("import os"), text("## 练习 1.1\n答案是 $z$。"), code("answer = 1")))
     (root / "tool.py").write_text("x = 1\n", encoding="utf-8")
+    (root / "notebooks/extra.ipynb").write_text("{}", encoding="utf-8")  # 不是一章，原样带上
     assert build_site.main(["--out", str(root / "site")], root) == 0
     assert "5 个公式" in capsys.readouterr().out or not build_site.importlib.util.find_spec("py_mini_racer")
     page = (root / "site/01_fake.html").read_text(encoding="utf-8")
     assert "花了 $5，不是公式" in page and page.count('class="math"') == 4 and 'id="eq-1.1"' in page
     assert '<a class="eq" href="#eq-1.1">式(1.1)</a>' in page and 'href="#solutions"' in page
     assert 'href="source/tool.py.html"' in page and (root / "site/source/tool.py.html").is_file()
+    assert all(f'href="files/{name}"' in page and (root / "site/files" / name).is_file() for name in ("table.csv", "notebooks/extra.ipynb"))
     assert "输出，共 30 行" in page and 'alt="一节"' in page and "import os" not in page
     assert page.index("exercise()") < page.index("练习 1.1 的解答") < page.index('<h2 id="小结"')
     assert "在 Colab 打开" not in page and 'href="notebooks/01_fake.ipynb" download' in page

@@ -48,7 +48,7 @@ class Site:
     """由仓库 ``root`` 造出的全部页；:meth:`write` 写进文件夹。"""
 
     def __init__(self, root: Path = ROOT) -> None:
-        self.root = root
+        self.root = root = root.resolve()
         self.chapters = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
         self.pages: dict[str, Page] = {}
         self.copies: dict[str, Path] = {}  # 站里的地址 → 原样带上的文件
@@ -86,7 +86,7 @@ class Site:
     def _page_of(self, file: Path) -> tuple[str, str]:
         """仓库里的文件 ``file`` 在站里的页与锚点；还没有的排队去造。"""
         relative = file.relative_to(self.root)
-        if file.suffix == ".ipynb":
+        if file.suffix == ".ipynb" and any(file.name == path.name for path in self.chapters):
             return f"{file.stem}.html", "solutions" if file.parent.name == "solutions" else ""
         if file.suffix == ".md":
             page = f"{file.stem}.html" if file.parent.name == "notebooks" else relative.with_suffix(".html").as_posix()
@@ -119,7 +119,7 @@ class Site:
             self.pages[page] = Page(page)
             self._document(self.pages[page], file)
         for where, page, fragment in self.anchors:
-            if fragment not in self.pages[page].ids:
+            if page not in self.pages or fragment not in self.pages[page].ids:
                 self.writer.problem(where, f"链接通向 {page} 的 #{fragment}，那一页没有这个锚点。")
         self.writer.problems += check_formulas(self.writer.formulas)
         if self.writer.problems:
