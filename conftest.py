@@ -47,3 +47,12 @@ def mnist_root() -> Path:
     if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
         pytest.skip(f"没有真实的 MNIST（{root}），只在有它的机器上测试")
     return root
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """造好的课程网站，几个测试共用。"""
+    build_site = pytest.importorskip("build_site", reason="造网站要 markdown-it-py、mdit-py-plugins、jinja2 与 pygments", exc_type=ImportError)
+    out = tmp_path_factory.mktemp("site") / "site"
+    build_site.build(out)
+    return out
