@@ -304,8 +304,9 @@ def assemble(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for source in (PAGE, DATA):
         for path in sorted(source.iterdir()):
-            shutil.copyfile(path, folder / path.name)
-    for name in ("manifest.json", *PARTS):
+            if path.name != "spread.bin":  # 网页只要均值
+                shutil.copyfile(path, folder / path.name)
+    for name in ("manifest.json", "weights.bin", "encoder.bin"):
         text = base64.b64encode((folder / name).read_bytes()).decode()
         (folder / f"{name}.js").write_text(f'received("{name}", "{text}");\n', encoding="utf-8")
     return folder / "index.html"
