@@ -65,6 +65,25 @@ def train(model: VanillaVAE, patches: Tensor, steps: int = 500, seed: int = 0) -
         schedule.step()
 
 
+def stack(count: int, sizes: Sequence[int], generator: Generator) -> list[Tensor]:
+    """``count`` 个全连接网络的权重与偏置叠在一起：每层 ``[E, 入, 出]`` 与 ``[E, 1, 出]``，float32。
+
+    权重均匀分布在 ±1/√入 里，偏置是 0；``sizes`` 从输入的维数到输出的。一次矩阵乘，``count`` 个网络都往前走。
+    """
+    layers = []
+    for rows, columns in zip(sizes, sizes[1:]):
+        weight = (2 * torch.rand(count, rows, columns, generator=generator, dtype=torch.float64) - 1) / math.sqrt(rows)
+        layers += [weight.float().requires_grad_(), torch.zeros(count, 1, columns, dtype=torch.float32, requires_grad=True)]
+    return layers
+
+
+def forward(layers: Sequence[Tensor], h: Tensor, activation: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
+    """:func:`stack` 的网络各走各的：``[E, B, 入]`` → ``[E, B, 出]``；``activation`` 在层与层之间。"""
+    for i in range(0, len(layers), 2):
+        h = torch.baddbmm(layers[i + 1], activation(h) if i else h, layers[i])
+    return h
+
+
 def principal_axes(x: Tensor, count: int) -> Tensor:
     """``x [N, D]`` 的主方向 ``[D, count]``，长度为 1，方差从大到小；N 不大于 D 时用。"""
     centered = x - x.mean(0)
