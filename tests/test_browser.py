@@ -6,6 +6,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -21,7 +22,8 @@ from test_site import WORDS
 from conftest import ROOT
 
 playwright = pytest.importorskip("playwright.sync_api", reason="没有 playwright")
-CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+build_site = pytest.importorskip("build_site", reason="造网站的包没有装", exc_type=ImportError)
+CHROME = build_site.chrome()
 pytestmark = pytest.mark.skipif(not CHROME, reason="这台机器上没有 Chromium 或 Chrome")
 
 CLIPPED = """() => {
@@ -165,6 +167,20 @@ def test_accessibility(page, address, name, scheme):
     found = axe.run(page).response["violations"]
     grave = {each["id"]: [node["html"][:150] for node in each["nodes"][:3]] for each in found if each["impact"] in ("serious", "critical")}
     assert not grave, json.dumps(grave, ensure_ascii=False, indent=1)
+
+
+def test_a_chapter_becomes_a_pdf(site, tmp_path):
+    target = tmp_path / "05.pdf"
+    if not build_site.has_chinese_font():
+        with pytest.raises(build_site.SiteError, match="没有中文字体.*方框"):
+            build_site.print_pdf(site / "05_kl_divergence.html", target)
+        return
+    build_site.print_pdf(site / "05_kl_divergence.html", target)
+    content, page = target.read_bytes(), (site / "05_kl_divergence.html").read_text(encoding="utf-8")
+    assert 15 < len(re.findall(rb"/Type ?/Page\b", content)) < 60
+    shown = re.sub(r'<details class="solution".*?</details>', "", page, flags=re.DOTALL)  # 解答折着，不印
+    assert len(re.findall(rb"/Subtype ?/Image", content)) >= shown.count("<img ") > 5  # 懒加载的图也印出来了
+    assert b"KaTeX_Main" in content  # 公式是画出来的，不是 TeX
 
 
 # ---------------------------------------------------------------- JupyterLab

@@ -307,3 +307,9 @@ def test_without_mini_racer_the_rest_is_still_built(course, capsys, monkeypatch)
     assert build_site.main(["--out", str(root / "site")], root) == 0
     assert "没有 mini-racer，公式没有检查" in capsys.readouterr().out
     assert (root / "site/index.html").is_file()
+
+
+def test_without_a_browser_there_is_one_sentence_and_no_site(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build_site, "chrome", lambda: None)
+    assert build_site.main(["--pdf", "--out", str(tmp_path / "site")]) == 1
+    assert "造 PDF 要 Chrome 或 Chromium" in capsys.readouterr().err and not (tmp_path / "site").exists()

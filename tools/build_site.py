@@ -4,11 +4,12 @@
   python tools/build_site.py               造在 site/ 里；双击 site/index.html 就能读
   python tools/build_site.py --out 文件夹  造在别处；只肯覆盖空的文件夹与它自己造的
   python tools/build_site.py --check       只检查，什么也不留下
+  python tools/build_site.py --pdf         每一章另有一份 PDF，由 Chrome 或 Chromium 打印，要有中文字体
 
 每一章一页，解答折叠在练习之后；笔记、术语表、README 之间的链接换成站里的页，提到的源文件各有一页。
 公式由 tools/site_assets/katex 在浏览器里画（版本见那里的 VERSION），搜索由 tools/site_assets/find.js 在浏览器里找全文。
 没有执行的单元、解析不了的公式、通向不存在之处的链接、显示不出的字符、没有描述的图：不造，退出码 1，一处一句话。
-没有 mini-racer 就不检查公式，说一句话，其余照造；node、浏览器、网络都用不着。
+没有 mini-racer 就不检查公式，说一句话，其余照造；node、网络用不着，浏览器只有 --pdf 才用。
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class SiteError(Exception):
 class Site:
     """由仓库 ``root`` 造出的全部页；:meth:`write` 写进文件夹。"""
 
-    def __init__(self, root: Path = ROOT) -> None:
-        self.root = root = root.resolve()
+    def __init__(self, root: Path = ROOT, pdf: bool = False) -> None:
+        self.root, self.pdf = root, pdf = root.resolve(), pdf
         self.chapters = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
         self.pages: dict[str, Page] = {}
         self.copies: dict[str, Path] = {}  # 站里的地址 → 原样带上的文件
@@ -215,6 +216,8 @@ class Site:
                 address = file.relative_to(self.root).as_posix()
                 self.copies[address] = file
                 links.append(f'<a href="{address}" download>{words}</a>')
+        if self.pdf:
+            links.append(f'<a href="pdf/{path.stem}.pdf" download>下载 PDF</a>')
         if colab := re.search(r"\]\(([^()]*)\)$", stamp.badge(self.address, path.relative_to(self.root).as_posix())):
             links.insert(0, f'<a href="{html.escape(colab[1])}">在 Colab 打开</a>')
         if self.has_explorer and path.name.startswith("08_"):
@@ -318,15 +321,49 @@ def check_formulas(formulas: Sequence[tuple[Where, str, bool]]) -> list[str]:
     return [f"{where}：公式解析不了：{' '.join(tex.split())[:80]}（KaTeX：{why[:120]}）" for where, tex, why in found if why]
 
 
-def build(out: Path | None, root: Path = ROOT) -> tuple[Site, list[str]]:
-    """造站；``out`` 为空就只检查。返回站与没有做到的事。
+def chrome() -> str | None:
+    """系统里的 Chrome 或 Chromium，没有则为空。"""
+    usual = ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome", r"C:\Program Files\Google\Chrome\Application\chrome.exe")
+    found = map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))
+    return next(filter(None, [*found, *filter(os.path.isfile, usual)]), None)
+
+
+def has_chinese_font() -> bool:
+    """浏览器画得出中文：Linux 上问 fontconfig，别的系统都带着中文字体。"""
+    if not shutil.which("fc-list"):
+        return True
+    return bool(subprocess.run(["fc-list", ":lang=zh", "family"], capture_output=True).stdout.strip())
+
+
+def print_pdf(page: Path, target: Path) -> None:
+    """用浏览器把造好的一页 ``page`` 打印成 PDF。
+
+    Raises:
+        SiteError: 没有浏览器，没有中文字体，或浏览器没有打印成。
+    """
+    program = chrome()
+    if not program:
+        raise SiteError("造 PDF 要 Chrome 或 Chromium，这台机器上没有找到；去掉 --pdf，其余都造得成。")
+    if not has_chinese_font():
+        raise SiteError("这台机器上没有中文字体，PDF 里的字会成为方框；装上一种（例如 Debian 的 fonts-noto-cjk），或去掉 --pdf。")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        command = [program, "--headless=new", "--disable-gpu", f"--user-data-dir={profile}", "--no-pdf-header-footer", "--virtual-time-budget=30000"]
+        command += ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        run = subprocess.run([*command, f"--print-to-pdf={target}", page.resolve().as_uri()], capture_output=True, encoding="utf-8", errors="replace")
+    if not target.is_file() or target.read_bytes()[:4] != b"%PDF":
+        raise SiteError(f"{page.name} 没有打印成 PDF：{(run.stderr.strip() or '浏览器没有说为什么').splitlines()[-1]}")
+
+
+def build(out: Path | None, root: Path = ROOT, pdf: bool = False) -> tuple[Site, list[str]]:
+    """造站；``out`` 为空就只检查，``pdf`` 则每一章另有一份 PDF。返回站与没有做到的事。
 
     Raises:
         SiteError: 课程里有毛病，或 ``out`` 里有别的东西；原来的文件夹不动。
     """
     if out and out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).is_file())):
         raise SiteError(f"{out} 里有别的东西，不覆盖；请用 --out 换一个空的文件夹。")
-    site = Site(root)
+    site = Site(root, pdf)
     site.build()
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -334,6 +371,8 @@ def build(out: Path | None, root: Path = ROOT) -> tuple[Site, list[str]]:
         fresh = Path(scratch) / "site"
         fresh.mkdir()
         missing = site.write(fresh)
+        for path in site.chapters if pdf else []:
+            print_pdf(fresh / f"{path.stem}.html", fresh / f"pdf/{path.stem}.pdf")
         if out:
             if out.exists():
                 shutil.rmtree(out)
@@ -347,10 +386,11 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=root / "site", help="造在哪里")
     parser.add_argument("--check", action="store_true", help="只检查，什么也不留下")
+    parser.add_argument("--pdf", action="store_true", help="每一章另造一份 PDF")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     try:
-        site, missing = build(None if options.check else options.out.resolve(), root)
+        site, missing = build(None if options.check else options.out.resolve(), root, options.pdf and not options.check)
     except (SiteError, OSError) as error:
         problems = str(error).splitlines()
         print("\n".join(f"✗ {each}" for each in problems), file=sys.stderr)

@@ -22,7 +22,7 @@ from vaelab.checkpoint import load_checkpoint, require_resumable
 from vaelab.config import DATA_DEFAULTS, MODEL_DEFAULTS, TrainConfig
 from vaelab.data import NAMES
 from vaelab.evaluate import Evaluation, evaluate
-from vaelab.files import command, shown
+from vaelab.files import command, program, shown
 from vaelab.images import ImageSet
 from vaelab.interrupts import Terminated, explain, terminated_by_signal
 from vaelab.parser import UsageError
@@ -142,13 +142,15 @@ def _train_in(out: Path, resume: Path | None, options: argparse.Namespace, world
     _draw_results(run, data, history, result)
     names = "reconstructions.png（原图与重建）、samples.png（从先验、从拟合的先验抽样）、kl.png（逐维 KL）、history.png（曲线）"
     print(f"图在 {shown(out.resolve())}：{names}")
-    print(
-        "接下来可以试：\n"
-        f"  {command('sample', out, '--prior', 'fitted', '--num', 100)}   再抽一些新的图\n"
-        f"  {command('interpolate', out, '--second', min(5, len(data.test) - 1))}          看一张变成另一张\n"
-        f"  {command('train', '--resume', '--out', out, '--epochs', config.epochs * 2)}   训练得更久\n"
-        "  jupyter lab notebooks                                    打开课程"
-    )
+    hints = {
+        command("sample", out, "--prior", "fitted", "--num", 100): "再抽一些新的图",
+        command("interpolate", out, "--second", min(5, len(data.test) - 1)): "看一张变成另一张",
+        command("train", "--resume", "--out", out, "--epochs", config.epochs * 2): "训练得更久",
+    }
+    if program() != "vae-zh":  # 课程的文件夹里才有笔记
+        hints["jupyter lab notebooks"] = "打开课程"
+    width = max(map(len, hints))
+    print("接下来可以试：\n" + "\n".join(f"  {line:{width}}   {what}" for line, what in hints.items()))
     return 0
 
 
