@@ -1,7 +1,10 @@
 """tools/build_site.py：造好的站不从外面载入任何东西，每条链接通，每个词找得到；课程里有毛病就不造，说出在哪里。"""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -313,3 +316,10 @@ def test_without_a_browser_there_is_one_sentence_and_no_site(tmp_path, monkeypat
     monkeypatch.setattr(build_site, "chrome", lambda: None)
     assert build_site.main(["--pdf", "--out", str(tmp_path / "site")]) == 1
     assert "造 PDF 要 Chrome 或 Chromium" in capsys.readouterr().err and not (tmp_path / "site").exists()
+
+
+def test_a_missing_package_is_one_sentence():
+    code = "import runpy, sys; sys.modules['markdown_it'] = None; runpy.run_path('tools/build_site.py', run_name='__main__')"
+    environment = {**os.environ, "PYTHONPATH": "tools", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=build_site.ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 1 and done.stderr.strip() == '造网站缺 markdown_it 这个包；请运行 uv pip install -e ".[site]"。'

@@ -29,9 +29,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
-import jinja2
 import stamp
-from site_text import EQUATION, EXERCISE, Page, Where, Writer, code_block, readable
+
+try:
+    import jinja2
+    from site_text import EQUATION, EXERCISE, Page, Where, Writer, code_block, readable
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    raise SystemExit(f'造网站缺 {error.name} 这个包；请运行 uv pip install -e ".[site]"。') from None
 
 ROOT = stamp.ROOT
 ASSETS = Path(__file__).parent / "site_assets"
