@@ -132,6 +132,8 @@ def usage_from_entropy(answer: object) -> None:
                 raise Wrong(f"{where}第一个数是熵，不是困惑度：还要取指数。")
             if near(2 ** _entropy(k, K)):
                 raise Wrong(f"{where}熵用了自然对数，底数却用了 2：两处要一致。")
+            if near(math.exp(_entropy(k, K) / math.log(2))):
+                raise Wrong(f"{where}熵用了以 2 为底的对数，却取了 e 的指数：两处要一致。")
             if near(1 / truth):
                 raise Wrong(f"{where}符号反了：熵是 −Σ p log p。")
             if near(K - _dead(k, K)):
@@ -156,6 +158,7 @@ known_wrong(
     ("你改动了输入", _in_place),
     ("第一个数是熵", lambda k, K: (_entropy(k, K), _dead(k, K))),
     ("底数却用了 2", lambda k, K: (2 ** _entropy(k, K), _dead(k, K))),
+    ("却取了 e 的指数", lambda k, K: (math.exp(_entropy(k, K) / math.log(2)), _dead(k, K))),
     ("符号反了", lambda k, K: (math.exp(-_entropy(k, K)), _dead(k, K))),
     ("第一个数是用到的个数", lambda k, K: (K - _dead(k, K), _dead(k, K))),
     ("不必除以 K", lambda k, K: (math.exp(_entropy(k, K)) / K, _dead(k, K))),
