@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from stamp import BADGE, CELL, FOLDED, MARK, ROOT, StampError, cell, clean_address, notebooks, pages
+from stamp import BADGE, CELL, FOLDED, MARK, ROOT, StampError, cell, changes, clean_address, notebooks, pages
 
 GITHUB = "https://github.com/someone/vae-zh"
 
@@ -320,6 +320,7 @@ def test_the_site_has_an_address_of_its_own(tree):
     once = contents(tree)
     assert "在线阅读：[https://read.example.org/vae/](https://read.example.org/vae/)" in once[tree / "README.md"].decode()
     assert stamp(tree, "--refresh").returncode == 0 and contents(tree) == once  # 不退回缺省的
+    assert not changes(GITHUB, tree)  # 没有说网站，就是 README 里现有的
     assert "https://read.example.org/vae/" in stamp(tree, "--check").stdout
     assert stamp(tree, "--remove").returncode == 0 and contents(tree) == before
 

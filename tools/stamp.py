@@ -186,8 +186,9 @@ def current_site(root: Path = ROOT) -> str:
     return found[1] if found else ""
 
 
-def changes(address: str, root: Path = ROOT, site: str = "") -> dict[Path, str]:
-    """写上 ``address`` 与 ``site`` 之后内容会变的文件与它们的新全文；为空就是全都一致。"""
+def changes(address: str, root: Path = ROOT, site: str | None = None) -> dict[Path, str]:
+    """写上 ``address`` 与 ``site``（不给就是 README 里现有的）之后内容会变的文件与它们的新全文；为空就是全都一致。"""
+    site = current_site(root) if site is None else site
     texts = {path: stamped(path, address, root) for path in notebooks(root)}
     readme = root / "README.md"
     if readme.is_file():
@@ -226,13 +227,13 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             case [] | ["-h" | "--help"]:
                 print(__doc__)
             case ["--check"]:
-                address, site = current_address(root), current_site(root)
-                stale = changes(address, root, site)
+                address = current_address(root)
+                stale = changes(address, root)
                 for path in stale:
                     print(f"✗ {path.relative_to(root)} 不一致；请运行 python tools/stamp.py --refresh。")
                 if stale:
                     return 1
-                print(f"✓ {len(notebooks(root))} 本笔记一致，{_said(address, site)}")
+                print(f"✓ {len(notebooks(root))} 本笔记一致，{_said(address, current_site(root))}")
             case ["--remove"]:
                 _write_all("", "", root)
             case ["--refresh"]:
