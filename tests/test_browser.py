@@ -3,7 +3,6 @@
 用系统里的 Chromium 或 Chrome；没有就跳过。
 """
 
-import functools
 import json
 import os
 import re
@@ -11,20 +10,18 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from browsing import launched, served
 from test_site import WORDS
 
 from conftest import ROOT
 
-playwright = pytest.importorskip("playwright.sync_api", reason="没有 playwright")
+pytest.importorskip("playwright.sync_api", reason="没有 playwright")
 build_site = pytest.importorskip("build_site", reason="造网站的包没有装", exc_type=ImportError)
-CHROME = build_site.chrome()
-pytestmark = pytest.mark.skipif(not CHROME, reason="这台机器上没有 Chromium 或 Chrome")
+pytestmark = pytest.mark.skipif(not build_site.chrome(), reason="这台机器上没有 Chromium 或 Chrome")
 
 CLIPPED = """() => {
   const bad = [];
@@ -43,27 +40,16 @@ CLIPPED = """() => {
 }"""
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    """不往终端写每一个请求。"""
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as p:
-        opened = p.chromium.launch(executable_path=CHROME, args=["--no-sandbox"])
+    with launched() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
 def address(site):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
+    with served(site) as root:
+        yield root
 
 
 @pytest.fixture

@@ -3,20 +3,18 @@
 算的那一半要一个 JavaScript 引擎：node，或 PyPI 的 mini-racer；都没有就跳过。浏览器的那一半要 chromium 与 playwright。
 """
 
-import functools
-import http.server
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 
 import explorer
 import numpy as np
 import pytest
 import torch
+from browsing import launched, served
 from PIL import Image
 from sanitizer import sanitized, shows_a_still_picture
 
@@ -241,30 +239,16 @@ def test_the_slider_leaves_a_still_picture_after_sanitizing(trained):
 # ---------------------------------------------------------------- 真的浏览器
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def address(site):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/index.html"
-    server.shutdown()
-    server.server_close()
+    with served(site) as root:
+        yield f"{root}index.html"
 
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="没有装 playwright（pip install playwright），浏览器里的一半没有测")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not chromium:
-        pytest.skip("没有 chromium，浏览器里的一半没有测")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with launched() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
